@@ -92,9 +92,9 @@ def _read_header(file: Path) -> tuple[int, ...]:
         magic = stream.read(4)
         if len(magic) < 4 or magic[:3] != b"\0\0\x08" or not 1 <= magic[3] <= 3:
             raise ValueError(f"{file.name} is not an IDX file of bytes")
-        dimensions = tuple(np.frombuffer(stream.read(4 * magic[3]), dtype=">u4").tolist())
+        dimensions = tuple(int.from_bytes(stream.read(4), "big") for _ in range(magic[3]))
     expected = 4 + 4 * magic[3] + math.prod(dimensions)
-    if len(dimensions) != magic[3] or size != expected:
+    if size != expected:
         raise ValueError(
             f"{file.name} is {'truncated' if size < expected else 'damaged'}: "
             f"{size:,} bytes, its header asks for {expected:,}"

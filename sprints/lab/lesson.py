@@ -40,7 +40,7 @@ STARTED = time.perf_counter()
 
 def fields(docstring: str) -> dict[str, str]:
     """The labelled parts of a lesson's docstring: {"Run": "uv run …", "Proves": "1. …", …}."""
-    found = re.findall(r"^([A-Z]\w+):[ ]+(.+(?:\n[ ]+.+)*)", docstring, flags=re.MULTILINE)
+    found = re.findall(r"^([A-Z]\w+(?: \w+)?):[ ]+(.+(?:\n[ ]+.+)*)", docstring, flags=re.MULTILINE)
     return {name: textwrap.dedent(" " * (len(name) + 1) + text) for name, text in found}
 
 
@@ -57,14 +57,18 @@ def claims(docstring: str) -> dict[int, str]:
 class Lesson:
     """One run of one lesson.
 
-    device  where tensors go            seed   for every torch.Generator
-    data    the value of --data         steps  how long to train
-    short   True if --steps asks for less than the full training
+    device          where tensors go
+    float64_device  where float64 tensors go: the same, but the CPU where the device has none (MPS)
+    seed            for every torch.Generator
+    data            the value of --data
+    steps           how long to train
+    short           True if --steps asks for less than the full training
     """
 
     def __init__(self, file: Path, docstring: str, options: argparse.Namespace, full_steps: int) -> None:
         self.file, self.claims = file, claims(docstring)
         self.device, self.seed = _device(options.device), options.seed
+        self.float64_device = torch.device("cpu") if self.device.type == "mps" else self.device
         self.data, self.steps = getattr(options, "data", None), getattr(options, "steps", 0)
         self.short = self.steps < full_steps
         self.results = _writable(Path(options.results).absolute() / file.parent.name)
@@ -96,8 +100,10 @@ class Lesson:
         mark, measured = "✓" if holds else "✗", f"   ({measured})" if measured else ""
         print(f"{mark} {number}. {self.claims[number]}{measured}")
         if not holds:
-            lines = [frame.lineno for frame in inspect.stack() if Path(frame.filename).resolve() == self.file]
-            _fail(f"{self.file.name}, line {lines[0]}: claim {number} does not hold; nothing was written")
+            line = next(
+                frame.lineno for frame in inspect.stack() if Path(frame.filename).parent.name != "lab"
+            )
+            _fail(f"{self.file.name}, line {line}: claim {number} does not hold; nothing was written")
 
     def proves_equal(self, number: int, ours: object, theirs: object, tolerance: float | None = None) -> None:
         """Claim `number`: tensors, arrays, numbers or sequences of them have equal shapes, dtypes and values.
@@ -114,7 +120,7 @@ class Lesson:
             if count == 0:
                 raise ValueError(f"claim {number}: compares nothing with nothing")
             how = f"within {within:g}" if within else "identical"
-            self.proves(number, True, f"{count:,} values {how}")
+            self.proves(number, True, f"{count:,} value{'s' * (count > 1)} {how}")
 
     def measured(self, **metrics: object) -> None:
         """Numbers for results/<sprint>/<script>.json."""

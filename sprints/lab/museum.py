@@ -1,9 +1,9 @@
 """The bug museum that closes each sprint: mistakes that run, return the right shapes, and are wrong.
 
-An exhibit is a class. Its docstring names the mistake; `wrong` makes it, `right` is the same with the one-line
-repair; `symptom` says what a person would see; `passes` is the check that tells the two apart. `show` proves
-about all of them that the shapes give nothing away, that the check catches the wrong one, and that the right
-one passes it. So every exhibit is also a proof that the check can fail.
+An exhibit is a class. Its docstring names the mistake; `wrong` makes it, `right` is the same with the
+one-line repair; `symptom` says what a person would see; `passes` is the check that tells the two apart.
+`show` proves about all of them that the shapes give nothing away, that the check catches the wrong one, and
+that the right one passes it. So every exhibit is also a proof that the check can fail.
 
 Derived in: –
 """

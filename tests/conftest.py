@@ -1,0 +1,32 @@
+import functools
+import os
+
+import course
+import matplotlib.font_manager  # noqa: F401  (builds its cache once, here, so that no lesson reports it)
+import pytest
+import torch
+
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="lessons at full length, on five seeds, and damaged")
+
+
+@pytest.fixture(scope="session")
+def full(request) -> bool:
+    return request.config.getoption("--full")
+
+
+@pytest.fixture
+def only_full(full):
+    if not full:
+        pytest.skip("runs with --full")
+
+
+@pytest.fixture(scope="session")
+def ran(full, tmp_path_factory):
+    """ran(script, device): the lesson's run; one for all the tests that look at it."""
+    return functools.cache(
+        lambda script, device: course.run(script, tmp_path_factory.mktemp("run"), device=device, full=full)
+    )
