@@ -337,17 +337,17 @@ TIMING = re.compile(NUMBER.pattern + r"(?= ?(?:[nµm]?s|min|GFLOP/s|[KMG]B/s|\w+
 
 def check_quotes(script: Script, output: str) -> None:
     """Every line of the note's text blocks was printed; numbers may differ a little, timings freely."""
-    printed = [" ".join(line.split()) for line in output.splitlines()]
+    printed = output.splitlines()
     for block in blocks(script.note, "text"):
-        for quote in filter(None, (" ".join(line.split()) for line in block.splitlines())):
+        for quote in filter(str.strip, block.splitlines()):
             assert any(same_line(quote, line) for line in printed), (
                 f"{script.note.name} quotes a line that was not printed:\n{quote}"
             )
 
 
 def same_line(quote: str, line: str) -> bool:
-    """Alike but for timings, and for numbers that lie within 2% or one unit of the last decimal printed."""
-    quote, line = TIMING.sub("⏱", quote), TIMING.sub("⏱", line)
+    """Alike but for spacing, timings, and numbers within 2% or one unit of the last decimal printed."""
+    quote, line = (TIMING.sub("⏱", " ".join(text.split())) for text in (quote, line))
     if NUMBER.sub("#", quote) != NUMBER.sub("#", line):
         return False
     pairs = zip(NUMBER.findall(quote), NUMBER.findall(line), strict=True)

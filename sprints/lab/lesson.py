@@ -26,6 +26,7 @@ from lab import BadInput
 import matplotlib
 import numpy as np
 import torch
+from matplotlib import style
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -169,7 +170,7 @@ def run(main: Callable[[Lesson], None], *, data: str | None = None, steps: int =
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8")  # a Windows console or pipe may be cp1252
     matplotlib.use("Agg")  # no window, also where there is no screen
-    matplotlib.style.use("petroff10")  # colours that stay apart for colour-blind readers
+    style.use("petroff10")  # colours that stay apart for colour-blind readers
     matplotlib.rcParams["axes.titlesize"] = "medium"
 
     file, docstring = Path(main.__globals__["__file__"]).resolve(), main.__globals__["__doc__"]
