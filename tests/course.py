@@ -58,7 +58,7 @@ class Script:
 
     @cached_property
     def tree(self) -> ast.Module:
-        return ast.parse(self.source)
+        return ast.parse(self.source, filename=str(self.path))
 
     @cached_property
     def docstring(self) -> str:
@@ -78,11 +78,9 @@ class Script:
         return set(re.findall(r"results/\S+\.\w+", self.fields.get("Writes", "")))
 
     @property
-    def options(self) -> dict[str, object]:
-        """The keywords of the call run(main, data=…, steps=…)."""
-        calls = [node for node in ast.walk(self.tree) if isinstance(node, ast.Call)]
-        (run,) = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "run"]
-        return {word.arg: getattr(word.value, "value", None) for word in run.keywords}
+    def data(self) -> str:
+        """What the lesson reads through --data: "digits", "text", or nothing."""
+        return "".join(re.findall(r'^    run\(main.*data="(\w+)"', self.source, re.MULTILINE))
 
     @property
     def short_steps(self) -> list[str]:
@@ -146,7 +144,7 @@ def run(
     for folder in (foreign, temporary):
         folder.mkdir(parents=True, exist_ok=True)
     short = [] if full else " ".join(script.short_steps).split()
-    data = ["--data", "rendered"] if script.options.get("data") == "digits" else []
+    data = ["--data", "rendered"] if script.data == "digits" else []
     start = [str(script.path)]
     if spawn:
         as_elsewhere = "multiprocessing.set_start_method('spawn'); sys.argv = sys.argv[1:]"

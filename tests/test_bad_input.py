@@ -17,7 +17,7 @@ FOREIGN = {
     "digits": {"MNIST/raw/train-images-idx3-ubyte": b"<html>"},
     "text": {"text": b"\xff\xfe\0a"},
 }
-WITH_DATA = [script for script in course.LESSONS if script.options.get("data")]
+WITH_DATA = [script for script in course.LESSONS if script.data]
 
 
 def check_refused(run: course.Run) -> None:
@@ -29,7 +29,7 @@ def check_refused(run: course.Run) -> None:
 
 @pytest.mark.parametrize(("script", "device"), course.each([(script, "cpu") for script in WITH_DATA]))
 def test_data_that_is_no_data(script, device, only_full, tmp_path):
-    kind = script.options["data"]
+    kind = script.data
     for number, files in enumerate(({}, EMPTY[kind], FOREIGN[kind])):
         for name, content in files.items():
             file = tmp_path / str(number) / name
@@ -51,7 +51,10 @@ import torch, torchvision, matplotlib.pyplot
 while True:
     pass
 """
-RUNNING = f'''"""{course.LESSONS[0].docstring}"""
+RUNNING = '''"""A lesson without end.
+
+Proves:  1. it ends
+"""
 from lab.lesson import run
 
 def main(lesson):
