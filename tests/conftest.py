@@ -1,12 +1,11 @@
 import functools
-import os
 
-import course
 import matplotlib.font_manager  # noqa: F401  (builds its cache once, here, so that no lesson reports it)
+import play
 import pytest
 import torch
 
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+torch.set_num_threads(play.threads())
 
 
 def pytest_addoption(parser):
@@ -28,5 +27,5 @@ def only_full(full):
 def ran(full, tmp_path_factory):
     """ran(script, device): the lesson's run; one for all the tests that look at it."""
     return functools.cache(
-        lambda script, device: course.run(script, tmp_path_factory.mktemp("run"), device=device, full=full)
+        lambda script, device: play.run(script, tmp_path_factory.mktemp("run"), device=device, full=full)
     )

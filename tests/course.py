@@ -5,10 +5,7 @@ Each check raises AssertionError with a message that says what to put right.
 
 import ast
 import functools
-import os
 import re
-import subprocess
-import sys
 import textwrap
 import tomllib
 from dataclasses import dataclass
@@ -17,12 +14,12 @@ from pathlib import Path
 
 from lab.lesson import claims, fields
 
+import play
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_LINES, MOST_OUTPUT, MOST_FIGURE = 300, 45, 100_000
-UNREACHABLE = "http://127.0.0.1:9"  # as a proxy: whatever asks for the network is refused at once
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
 
 
@@ -106,101 +103,19 @@ ON_CPU = each([(script, "cpu") for script in LESSONS])
 ON_EVERY_DEVICE = each([(script, device) for script in LESSONS for device in DEVICES])
 
 
-# ── Running ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── Runs (play.py makes them) ─────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a lesson did when it ran as a user runs it."""
-
-    script: Script
-    code: int
-    stdout: str
-    stderr: str
-    short: bool
-    results: Path
-    written: frozenset[str]  # relative to the course folder, had --results not been given
-    touched: frozenset[str]  # files that appeared anywhere else
-    proven: frozenset[int]
-    postponed: frozenset[int]
-    broken: frozenset[int]
-
-
-def _files(*folders: Path) -> set[str]:
-    skipped = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "data"}
-    found = set()
-    for folder in folders:
-        for here, below, names in os.walk(folder):
-            below[:] = [name for name in below if name not in skipped]
-            found |= {os.path.join(here, name) for name in names if name != "uv.lock"}
-    return found
-
-
-def run(
-    script: Script, scratch: Path, *options: str, device: str = "cpu", full: bool = False, spawn: bool = False
-):
-    """Run a lesson in a process of its own, from a foreign folder, without network, on a cp1252 console."""
-    foreign, temporary, results = (scratch / name for name in ("foreign", "temporary", "results"))
-    for folder in (foreign, temporary):
-        folder.mkdir(parents=True, exist_ok=True)
-    short = [] if full else " ".join(script.short_steps).split()
-    data = ["--data", "rendered"] if script.data == "digits" else []
-    start = [str(script.path)]
-    if spawn:
-        as_elsewhere = "multiprocessing.set_start_method('spawn'); sys.argv = sys.argv[1:]"
-        start = [
-            "-c",
-            f"import multiprocessing, runpy, sys; {as_elsewhere}; "
-            "runpy.run_path(sys.argv[0], run_name='__main__')",
-            *start,
-        ]
-    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT / "sprints"),
-        "PYTHONIOENCODING": "cp1252",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": str(threads),
-        **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary)),
-        **dict.fromkeys(("http_proxy", "https_proxy"), UNREACHABLE),
-    }
-    before = _files(script.root)
-    process = subprocess.run(
-        [sys.executable, *start, "--device", device, "--results", str(results), *data, *short, *options],
-        cwd=foreign, env=environment, capture_output=True, timeout=280,
-    )  # fmt: skip
-    stdout, stderr = (
-        stream.decode("utf-8").replace("\r\n", "\n") for stream in (process.stdout, process.stderr)
-    )
-    touched = _files(script.root) - before | _files(foreign, temporary)
-    marks = {
-        mark: frozenset(map(int, re.findall(rf"^{mark} (\d+)\. ", stdout, re.MULTILINE))) for mark in "✓–✗"
-    }
-    return Run(
-        script=script,
-        code=process.returncode,
-        stdout=stdout,
-        stderr=stderr,
-        short=bool(short),
-        results=results,
-        written=frozenset(
-            f"results/{Path(file).relative_to(results).as_posix()}" for file in _files(results)
-        ),
-        touched=frozenset(touched - _files(results)),
-        proven=marks["✓"],
-        postponed=marks["–"],
-        broken=marks["✗"],
-    )
-
-
-def check_run(run: Run) -> None:
+def check_run(run: play.Run) -> None:
     """Exit 0, every claim proven, nothing on stderr, its files and no others."""
     told = f"\n{run.stdout}\n{run.stderr}"
-    assert not run.broken, f"claims {sorted(run.broken)} do not hold{told}"
+    assert not (broken := run.marked("✗")), f"claims {sorted(broken)} do not hold{told}"
     assert run.code == 0, f"exit status {run.code}{told}"
     assert not run.stderr, f"something on stderr{told}"
-    wanted = run.script.claims.keys()
-    assert run.proven | run.postponed == wanted, f"claims {sorted(wanted - run.proven)} were not proven{told}"
-    assert run.short or not run.postponed, f"claims {sorted(run.postponed)} were postponed in a full run"
+    wanted, postponed = run.script.claims.keys(), run.marked("–")
+    missing = wanted - run.marked("✓") - postponed
+    assert not missing, f"claims {sorted(missing)} were not proven{told}"
+    assert run.short or not postponed, f"claims {sorted(postponed)} were postponed in a full run"
     assert run.written == run.script.writes, (
         f"Writes says {run.script.writes}, written was {set(run.written)}"
     )
@@ -408,10 +323,10 @@ def damaged(script: Script, damage: dict, scratch: Path) -> Script:
     return Script(copy)
 
 
-def check_caught(run: Run, damage: dict) -> None:
+def check_caught(run: play.Run, damage: dict) -> None:
     """The run ended at the claim that the damage is about, and wrote nothing."""
     told = f"\n{run.stdout}\n{run.stderr}"
-    assert run.broken == {damage["claim"]}, f"not caught: {damage['what']}{told}"
+    assert run.marked("✗") == {damage["claim"]}, f"not caught: {damage['what']}{told}"
     assert run.code == 1, f"exit status {run.code}: {damage['what']}{told}"
     assert "Traceback" not in run.stderr, f"caught by a crash, not by the claim: {damage['what']}{told}"
     assert not run.written, f"a run that broke a claim wrote {set(run.written)}"

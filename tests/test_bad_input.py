@@ -7,6 +7,7 @@ import sys
 import time
 
 import course
+import play
 import pytest
 
 EMPTY = {
@@ -20,7 +21,7 @@ FOREIGN = {
 WITH_DATA = [script for script in course.LESSONS if script.data]
 
 
-def check_refused(run: course.Run) -> None:
+def check_refused(run: play.Run) -> None:
     assert run.code == 2, run.stdout + run.stderr
     (line,) = run.stderr.splitlines()
     assert line.startswith(f"{run.script.path.name}: "), line
@@ -36,12 +37,14 @@ def test_data_that_is_no_data(script, device, only_full, tmp_path):
             file.parent.mkdir(parents=True)
             file.write_bytes(content)
         data = tmp_path / str(number) / ("text" if kind == "text" else "")
-        check_refused(course.run(script, tmp_path / f"run{number}", "--data", str(data), device=device))
+        check_refused(
+            play.run(script, tmp_path / f"run{number}", "--data", str(data), device=device, fresh=False)
+        )
 
 
 def test_a_device_that_is_not_there(tmp_path):
     missing = next(device for device in ("cuda", "mps") if device not in course.DEVICES)
-    check_refused(course.run(course.LESSONS[0], tmp_path, device=missing))
+    check_refused(play.run(course.LESSONS[0], tmp_path, device=missing))
 
 
 IMPORTING = """

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import course
+import play
 import pytest
 
 LESSON = '''"""A lesson that exists only in the tests.
@@ -110,7 +111,7 @@ def check_source(script: course.Script) -> None:
 
 def test_a_good_lesson_passes(fixture, tmp_path):
     check_source(fixture)
-    run = course.run(fixture, tmp_path / "run")
+    run = play.run(fixture, tmp_path / "run")
     course.check_run(run)
     course.check_quotes(fixture, run.stdout)
 
@@ -134,7 +135,7 @@ def test_a_good_lesson_passes(fixture, tmp_path):
 def test_a_bad_run_is_caught(fixture, tmp_path, old, new, says):
     spoil(fixture.path, old, new)
     with pytest.raises(AssertionError, match=says):
-        course.check_run(course.run(course.Script(fixture.path), tmp_path / "run"))
+        course.check_run(play.run(course.Script(fixture.path), tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -213,8 +214,8 @@ def test_a_damage_that_does_nothing_is_caught(fixture, tmp_path):
         course.damages(fixture)[0],
         {"claim": 1, "what": "nothing", "old": "a + b", "new": "b + a"},
     )
-    course.check_caught(course.run(course.damaged(fixture, whole, tmp_path / "1"), tmp_path / "1"), whole)
-    run = course.run(course.damaged(fixture, harmless, tmp_path / "2"), tmp_path / "2")
+    course.check_caught(play.run(course.damaged(fixture, whole, tmp_path / "1"), tmp_path / "1"), whole)
+    run = play.run(course.damaged(fixture, harmless, tmp_path / "2"), tmp_path / "2")
     with pytest.raises(AssertionError, match="not caught: nothing"):
         course.check_caught(run, harmless)
 

@@ -4,6 +4,7 @@
 """
 
 import course
+import play
 import pytest
 
 DAMAGES = course.each(
@@ -14,6 +15,5 @@ DAMAGES = course.each(
 @pytest.mark.parametrize(("script", "device", "number"), DAMAGES)
 def test_damage_is_caught(script, device, number, only_full, tmp_path):
     damage = course.damages(script)[number]
-    course.check_caught(
-        course.run(course.damaged(script, damage, tmp_path), tmp_path, device=device, full=True), damage
-    )
+    copy = course.damaged(script, damage, tmp_path)
+    course.check_caught(play.run(copy, tmp_path, device=device, full=True, fresh=False), damage)

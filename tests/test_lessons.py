@@ -1,6 +1,7 @@
 """Every lesson runs as a user runs it, on every device there is, and proves all its claims."""
 
 import course
+import play
 import pytest
 
 
@@ -11,10 +12,9 @@ def test_runs(script, device, ran):
 
 @pytest.mark.parametrize(("script", "device"), course.ON_EVERY_DEVICE)
 def test_other_seeds(script, device, only_full, tmp_path):
-    for seed in (1, 2, 3, 4):
-        course.check_run(
-            course.run(script, tmp_path / str(seed), "--seed", str(seed), device=device, full=True)
-        )
+    for seed in ("1", "2", "3", "4"):
+        options = {"device": device, "full": True, "fresh": False}
+        course.check_run(play.run(script, tmp_path / seed, "--seed", seed, **options))
 
 
 WITH_WORKERS = [script for script in course.LESSONS if "num_workers" in script.source]
@@ -23,4 +23,4 @@ WITH_WORKERS = [script for script in course.LESSONS if "num_workers" in script.s
 @pytest.mark.parametrize(("script", "device"), course.each([(script, "cpu") for script in WITH_WORKERS]))
 def test_spawned_workers(script, device, only_full, tmp_path):
     """As on Windows and macOS, where a worker imports the lesson afresh."""
-    course.check_run(course.run(script, tmp_path, device=device, full=True, spawn=True))
+    course.check_run(play.run(script, tmp_path, device=device, full=True, spawning=True))

@@ -1,0 +1,137 @@
+"""Running a lesson for the tests, as a user would: from a foreign folder, offline, on a cp1252 console."""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+LAB = Path(__file__).resolve().parents[1] / "sprints"
+UNREACHABLE = "http://127.0.0.1:9"  # as a proxy: whatever asks for the network is refused at once
+SECONDS = 280
+SPAWNING = (
+    "import multiprocessing, runpy, sys; multiprocessing.set_start_method('spawn'); sys.argv = sys.argv[1:]; "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a lesson did."""
+
+    script: object  # a course.Script
+    short: bool  # whether it ran with the short --steps of its docstring
+    code: int
+    stdout: str
+    stderr: str
+    results: Path
+    written: frozenset[str]  # named as if --results had not been given
+    touched: frozenset[str]  # files that appeared anywhere else
+
+    def marked(self, mark: str) -> set[int]:
+        """The claims printed with ✓ (proven), ✗ (broken) or – (left to the full run)."""
+        return set(map(int, re.findall(rf"^{mark} (\d+)\. ", self.stdout, re.MULTILINE)))
+
+
+def run(script, scratch: Path, *options: str, device="cpu", full=False, fresh=True, spawning=False) -> Run:
+    """Run a lesson.
+
+    fresh     in an interpreter of its own, as a user does; otherwise in a copy of a process that has imported
+              torch already, which saves most of the time (where the system cannot copy, always fresh)
+    spawning  let its DataLoader workers be spawned, as on Windows and macOS
+    """
+    foreign, temporary, results = (scratch / name for name in ("foreign", "temporary", "results"))
+    for folder in (foreign, temporary):
+        folder.mkdir(parents=True, exist_ok=True)
+    short = [] if full else " ".join(script.short_steps).split()
+    data = ["--data", "rendered"] if script.data == "digits" else []
+    arguments = [script.path, "--device", device, "--results", results, *data, *short, *options]
+    environment = {
+        "PYTHONPATH": str(LAB),
+        "PYTHONIOENCODING": "cp1252",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": str(threads()),
+        **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary)),
+        **dict.fromkeys(("http_proxy", "https_proxy"), UNREACHABLE),
+    }
+    before, streams = _files(script.root), (scratch / "stdout", scratch / "stderr")
+    forkable = "forkserver" in multiprocessing.get_all_start_methods()
+    how = _start if fresh or spawning or not forkable else _fork
+    code = how([*(["-c", SPAWNING] if spawning else []), *map(str, arguments)], foreign, environment, streams)
+    stdout, stderr = (stream.read_text(encoding="utf-8") for stream in streams)
+    written = _files(results)
+    return Run(
+        script=script,
+        short=bool(short),
+        code=code,
+        stdout=stdout,
+        stderr=stderr,
+        results=results,
+        written=frozenset(f"results/{Path(file).relative_to(results).as_posix()}" for file in written),
+        touched=frozenset((_files(script.root) - before | _files(foreign, temporary)) - written),
+    )
+
+
+def threads() -> int:
+    """Per process, when pytest-xdist runs several."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def _files(*folders: Path) -> set[str]:
+    skipped = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "data"}
+    found = set()
+    for folder in folders:
+        for here, below, names in os.walk(folder):
+            below[:] = [name for name in below if name not in skipped]
+            found |= {os.path.join(here, name) for name in names if name != "uv.lock"}
+    return found
+
+
+def _start(
+    arguments: list[str], folder: Path, environment: dict[str, str], streams: tuple[Path, Path]
+) -> int:
+    """In a new interpreter: its exit status."""
+    with contextlib.ExitStack() as stack:
+        stdout, stderr = (stack.enter_context(stream.open("wb")) for stream in streams)
+        return subprocess.run(
+            [sys.executable, *arguments], cwd=folder, env=os.environ | environment, stdin=subprocess.DEVNULL,
+            stdout=stdout, stderr=stderr, timeout=SECONDS,
+        ).returncode  # fmt: skip
+
+
+def _fork(arguments: list[str], folder: Path, environment: dict[str, str], streams: tuple[Path, Path]) -> int:
+    """In a copy of a process that has done nothing but import: its exit status."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision.transforms.v2", "matplotlib.pyplot"])
+    process = context.Process(target=_become, args=(arguments, folder, environment, streams))
+    process.start()
+    process.join(SECONDS)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"{arguments[0]} ran for {SECONDS} s")
+    return process.exitcode
+
+
+def _become(
+    arguments: list[str], folder: Path, environment: dict[str, str], streams: tuple[Path, Path]
+) -> None:
+    """Turn this process into a run of the lesson."""
+    for number, stream in enumerate(streams, start=1):
+        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.chdir(folder)
+    os.environ.update(environment)
+    tempfile.tempdir = None
+    sys.argv = arguments
+    torch.set_num_threads(threads())
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # which the lab has replaced
+        sys.exit(1)
