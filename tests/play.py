@@ -1,13 +1,14 @@
 """Running a lesson for the tests, as a user would: from a foreign folder, offline, on a cp1252 console."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import re
-import runpy
 import subprocess
 import sys
 import tempfile
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,6 @@ import torch
 LAB = Path(__file__).resolve().parents[1] / "sprints"
 UNREACHABLE = "http://127.0.0.1:9"  # as a proxy: whatever asks for the network is refused at once
 SECONDS = 280
-SPAWNING = (
-    "import multiprocessing, runpy, sys; multiprocessing.set_start_method('spawn'); sys.argv = sys.argv[1:]; "
-    "runpy.run_path(sys.argv[0], run_name='__main__')"
-)
 
 
 @dataclass(frozen=True)
@@ -40,12 +37,12 @@ class Run:
         return set(map(int, re.findall(rf"^{mark} (\d+)\. ", self.stdout, re.MULTILINE)))
 
 
-def run(script, scratch: Path, *options: str, device="cpu", full=False, fresh=True, spawning=False) -> Run:
+def run(script, scratch: Path, *options: str, device="cpu", full=False, fresh=True, workers=None) -> Run:
     """Run a lesson.
 
-    fresh     in an interpreter of its own, as a user does; otherwise in a copy of a process that has imported
-              torch already, which saves most of the time (where the system cannot copy, always fresh)
-    spawning  let its DataLoader workers be spawned, as on Windows and macOS
+    fresh    in an interpreter of its own, as a user does; otherwise in a copy of a process that has imported
+             torch already, which saves most of the time (where the system cannot copy, always fresh)
+    workers  how DataLoader workers are started, if not fresh: "spawn" as on Windows and macOS
     """
     foreign, temporary, results = (scratch / name for name in ("foreign", "temporary", "results"))
     for folder in (foreign, temporary):
@@ -63,8 +60,8 @@ def run(script, scratch: Path, *options: str, device="cpu", full=False, fresh=Tr
     }
     before, streams = _files(script.root), (scratch / "stdout", scratch / "stderr")
     forkable = "forkserver" in multiprocessing.get_all_start_methods()
-    how = _start if fresh or spawning or not forkable else _fork
-    code = how([*(["-c", SPAWNING] if spawning else []), *map(str, arguments)], foreign, environment, streams)
+    how = _start if fresh or not forkable else functools.partial(_fork, workers=workers)
+    code = how(list(map(str, arguments)), foreign, environment, streams)
     stdout, stderr = (stream.read_text(encoding="utf-8") for stream in streams)
     written = _files(results)
     return Run(
@@ -106,21 +103,25 @@ def _start(
         ).returncode  # fmt: skip
 
 
-def _fork(arguments: list[str], folder: Path, environment: dict[str, str], streams: tuple[Path, Path]) -> int:
+def _fork(*run: object, workers: str | None) -> int:
     """In a copy of a process that has done nothing but import: its exit status."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torchvision.transforms.v2", "matplotlib.pyplot"])
-    process = context.Process(target=_become, args=(arguments, folder, environment, streams))
+    process = context.Process(target=_become, args=(*run, workers))
     process.start()
     process.join(SECONDS)
     if process.exitcode is None:
         process.kill()
-        raise TimeoutError(f"{arguments[0]} ran for {SECONDS} s")
+        raise TimeoutError(f"a lesson ran for {SECONDS} s: {run[0]}")
     return process.exitcode
 
 
 def _become(
-    arguments: list[str], folder: Path, environment: dict[str, str], streams: tuple[Path, Path]
+    arguments: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    streams: tuple[Path, Path],
+    workers: str | None,
 ) -> None:
     """Turn this process into a run of the lesson."""
     for number, stream in enumerate(streams, start=1):
@@ -130,8 +131,12 @@ def _become(
     tempfile.tempdir = None
     sys.argv = arguments
     torch.set_num_threads(threads())
+    multiprocessing.set_start_method(workers, force=True)  # None: the system's own
+    main = types.ModuleType("__main__")
+    main.__file__ = arguments[0]
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main  # where workers look for what they are sent
     try:
-        runpy.run_path(arguments[0], run_name="__main__")
+        exec(compile(Path(main.__file__).read_bytes(), main.__file__, "exec"), vars(main))
     except Exception:
         sys.excepthook(*sys.exc_info())  # which the lab has replaced
         sys.exit(1)

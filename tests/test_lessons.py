@@ -23,4 +23,4 @@ WITH_WORKERS = [script for script in course.LESSONS if "num_workers" in script.s
 @pytest.mark.parametrize(("script", "device"), course.each([(script, "cpu") for script in WITH_WORKERS]))
 def test_spawned_workers(script, device, only_full, tmp_path):
     """As on Windows and macOS, where a worker imports the lesson afresh."""
-    course.check_run(play.run(script, tmp_path, device=device, full=True, spawning=True))
+    course.check_run(play.run(script, tmp_path, device=device, full=True, fresh=False, workers="spawn"))
