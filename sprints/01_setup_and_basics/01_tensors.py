@@ -196,9 +196,8 @@ def main(lesson: Lesson) -> None:
     print(f"array {array.tolist()}   from_numpy() {tensor.tolist()}   tensor() {copied.tolist()}")
     there = x.cpu().to(lesson.device, copy=True)
     same = there.to(lesson.device) is there
-    print(f"cpu -> {there.device.type} -> cpu; to() where it already is returns the tensor itself: {same}")
-    if lesson.device.type == "cpu":
-        print("(this run has only the CPU, so copy=True made the trip)")
+    trip = "only the CPU here" if lesson.device.type == "cpu" else f"cpu -> {there.device.type} -> cpu"
+    print(f"{trip}; to() where a tensor already is returns the tensor itself: {same}")
     trips = [[*array.tolist(), *tensor.tolist()], there.cpu()]
     lesson.proves_equal(7, trips, [[1.0, 2.0, 3.0] * 2, x.cpu()], tolerance=0.0)
     lesson.save(picture())

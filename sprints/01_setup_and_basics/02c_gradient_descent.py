@@ -91,8 +91,8 @@ def picture(x: Tensor, y: Tensor, start: Tensor) -> plt.Figure:
     thetas = torch.cartesian_prod(intercepts, slopes).flip(1).double()  # (6400, F)
     heights = torch.stack([loss(theta, x.cpu(), y.cpu()) for theta in thetas]).reshape(80, 80)
     for axes, share in zip(panels, (SLOW, GOOD, TOO_FAST), strict=True):
-        axes.contour(slopes, intercepts, heights.sqrt(), levels=12, colors="C3", linewidths=0.6)
-        axes.plot(*descend(start, x, y, share * limit(x), 12).T.cpu(), "o-", markersize=3)
+        axes.contour(slopes, intercepts, heights.sqrt(), levels=5, colors="C3", linewidths=0.6)
+        axes.plot(*descend(start, x, y, share * limit(x), 12).T.cpu(), "o-", markersize=3, linewidth=1)
         axes.plot(*closed_form(x, y).cpu(), "k*", markersize=9)
         axes.set(xlim=(-1, 5), ylim=(-4, 2), xlabel="slope", title=f"{share:g} × limit")
     panels[0].set_ylabel("intercept")

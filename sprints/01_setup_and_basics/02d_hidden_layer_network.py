@@ -74,8 +74,7 @@ def most_right_by_a_line(x: Tensor, y: Tensor) -> int:
     normals = (end - start).flip(1) * torch.tensor([-1, 1], device=x.device)  # (P, 2), at right angles
     sides = normals @ x.T - (normals * start).sum(1, keepdim=True)  # (P, 2) @ (2, N) -> (P, N)
     sides = sides.scatter(1, pairs.T, 0) * y.T  # 0 on the line, positive where right, negative where wrong
-    wrong = torch.minimum((sides < 0).sum(1), (sides > 0).sum(1))  # (P,)
-    return len(x) - int(wrong.min())
+    return len(x) - int(torch.minimum((sides < 0).sum(1), (sides > 0).sum(1)).min())
 
 
 def quadrants(draw: torch.Generator, N: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -123,15 +122,14 @@ def main(lesson: Lesson) -> None:
     by_line = most_right_by_a_line(x_new.cpu().double(), y_new.cpu()) / len(x_new)
     lesson.proves(6, by_line <= 0.8, f"the best of 19,900 lines {by_line:.1%}")
 
-    grid = (
-        torch.cartesian_prod(*[torch.linspace(-1, 1, 160)] * 2).flip(1).to(lesson.device)
-    )  # (S·S, 2), by rows
+    ticks = torch.linspace(-1, 1, 160)
+    grid = torch.cartesian_prod(ticks, ticks).flip(1).to(lesson.device)  # (S·S, 2), row by row
     torch.manual_seed(lesson.seed)
     weights = [w.detach() for w in Network(2, HIDDEN, 1).to(lesson.device).parameters()]
     pictures = {}
     for step in lesson.progress(range(lesson.steps + 1)):
         if step in (0, lesson.steps // 25, lesson.steps // 5, lesson.steps):
-            pictures[step] = forward(grid, *weights)[-1].view(160, 160)  # (S·S, 1) -> (S, S)
+            pictures[step] = forward(grid, *weights)[-1].sign().view(160, 160).cpu()  # (S·S, 1) -> (S, S)
             loss = (forward(x, *weights)[-1] - y).square().mean().item()
             right = forward(x_new, *weights)[-1].sign().eq(y_new).float().mean().item()
             print(f"step {step:3}   loss {loss:.3f}   unseen points right {right:.1%}")
@@ -140,8 +138,8 @@ def main(lesson: Lesson) -> None:
     lesson.measured(hidden=HIDDEN, rate=RATE, loss=loss, right=right, best_line=by_line)
 
     figure, axes = plt.subplots(1, len(pictures), figsize=(6.6, 2.4), layout="constrained", sharey=True)
-    for panel, (step, z) in zip(axes, pictures.items(), strict=True):
-        panel.imshow(z.sign().cpu(), cmap="PuOr", vmin=-2, vmax=2, origin="lower", extent=(-1, 1, -1, 1))
+    for panel, (step, sign) in zip(axes, pictures.items(), strict=True):
+        panel.imshow(sign.numpy(), "PuOr", vmin=-2, vmax=2, origin="lower", extent=(-1, 1, -1, 1))
         panel.scatter(*x_new.T.cpu(), c=y_new.cpu(), cmap="PuOr", s=4)
         panel.set(xlabel="x₁", ylabel="" if step else "x₂", title=f"step {step}")
     figure.suptitle("The boundary bends until it parts the points; no line can")

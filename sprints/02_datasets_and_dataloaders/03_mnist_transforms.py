@@ -100,7 +100,7 @@ def main(lesson: Lesson) -> None:
     lesson.heading("Mean and deviation in one pass")
     small = [torch.tensor([2.0, 4.0]), torch.tensor([9.0])]
     print("batches (2, 4) and (9): mean {:.3f}, deviation {:.3f}".format(*streaming(iter(small))))
-    pixels = train.data.to(lesson.float64_device, torch.float64) / 255  # (N, 28, 28)
+    pixels = train.data.to(lesson.float64_device, torch.float64).div_(255)  # (N, 28, 28)
     mean, deviation = (number.item() for number in streaming(iter(pixels.split(1_000))))
     print(f"{pixels.numel():,} pixels: mean {mean:.4f}, deviation {deviation:.4f}")
     # an iterator can be walked through only once: a second pass would find nothing

@@ -6,7 +6,7 @@ Proves:  1. a padded slice, a loop over pixels and torchvision's affine shift an
          3. each of the (2P + 1)² shifts by up to P pixels is drawn equally often
          4. the module moves an image and its mask together, and leaves the label alone
          5. shift then Normalize equals Normalize then shift, if the fill is normalised too
-         6. a copy made by pickle goes on with the same shifts, and a lambda cannot be pickled
+         6. a copy made by pickle, from bytes alone, goes on with the same shifts; a lambda is refused
          7. seeded by seed, epoch and index, an image is the same in 0 and in 2 workers, and new in each epoch
 Shapes:  N images, C channels, P pixels at most
 Writes:  results/02_datasets_and_dataloaders/04_custom_transform.png
@@ -16,6 +16,7 @@ Note:    notes/04_custom_transform.md
 import pickle
 from collections import Counter
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 
 from lab import digits
 from lab.lesson import Lesson, run
@@ -55,6 +56,20 @@ def shift(image: Tensor, down: int, right: int, fill: float) -> Tensor:
 def draw_shift(pixels: int, generator: torch.Generator) -> tuple[int, int]:
     """(down, right), each from -pixels to +pixels."""
     return tuple(torch.randint(-pixels, pixels + 1, (2,), generator=generator).tolist())
+
+
+class Generator(torch.Generator):
+    """Travels as the bytes of its state; torch's own sends a tensor, which a spawned worker cannot open."""
+
+    def __reduce__(self) -> tuple:
+        return revive, (self.get_state().numpy().tobytes(),)
+
+
+def revive(state: bytes) -> Generator:
+    """The generator whose state this is, in the process that received it."""
+    generator = Generator()
+    generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    return generator
 
 
 class RandomShift:
@@ -106,7 +121,7 @@ def main(lesson: Lesson) -> None:
     train = MNIST(digits.find(lesson.data), train=True)
     to_float = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     images = to_float(train.data[:50, None]).to(lesson.device)  # (N, 28, 28) -> (N, 1, 28, 28)
-    draw, *alike = [torch.Generator().manual_seed(lesson.seed) for _ in range(7)]
+    draw, *alike = [Generator().manual_seed(lesson.seed) for _ in range(7)]
 
     lesson.heading("A shift, three ways")
     print("[1 2 3 4] moved 1 to the right:", shift(torch.tensor([[1, 2, 3, 4]]), 0, 1, fill=0).tolist()[0])
@@ -147,6 +162,8 @@ def main(lesson: Lesson) -> None:
     copies = [pickle.loads(pickle.dumps(early)) for _ in range(2)]
     onwards = [[way(train[i][0]) for i in range(50)] for way in (early, *copies)]
     lesson.proves_equal(6, onwards[1:], onwards[:1] * 2)
+    parcel = bytes(ForkingPickler.dumps(early))  # what a spawned worker is sent
+    lesson.proves(6, b"torch.multiprocessing" not in parcel, f"{len(parcel):,} bytes, no shared memory")
     try:
         lesson.proves(6, not pickle.dumps(v2.Lambda(lambda x: shift(x, 1, 1, 0.0))))
     except (AttributeError, pickle.PicklingError) as refused:

@@ -144,7 +144,7 @@ def main(lesson: Lesson) -> None:
     for old, new in ((6, 9), (9, 6)):
         answers = called[:, 0, -1, labels == old]  # (pairs, N), at 180°
         shares[old] = [(answers == answer).float().mean() for answer in (new, old)]
-        print(f"a {old} is called {new} in {shares[old][0]:.1%} of all cases, {old} in {shares[old][1]:.1%}")
+        print(f"a {old} is called {new} in {shares[old][0]:.0%} of all cases, {old} in {shares[old][1]:.0%}")
     lesson.proves(7, all(new > old for new, old in shares.values()), full_run=True)
 
     shown = torch.stack([training.data[training.targets == digit][0] for digit in (2, 4, 6, 7, 9)])[:, None]

@@ -63,10 +63,7 @@ def epoch(records: Sequence[Sequence[int]]) -> tuple[int, float, float]:
     """One worker reads all records: a sum over them, and the MB of its own before and after."""
     if not FORKS:  # a spawned worker starts with nothing, and then holds what it is sent
         return weigh(records)[0], 0.0, len(ForkingPickler.dumps(records)) / 1e6
-    batches = [
-        range(0),
-        *(range(start, start + B) for start in range(0, N, B)),
-    ]  # weighs once before it reads
+    batches = [range(0), *(range(start, start + B) for start in range(0, N, B))]  # the first one is empty
     forked = {"num_workers": 1, "multiprocessing_context": "fork"}
     sums, own = zip(*DataLoader(records, batch_sampler=batches, collate_fn=weigh, **forked), strict=True)
     return sum(sums), own[0], own[-1]
@@ -127,9 +124,7 @@ def main(lesson: Lesson) -> None:
     lesson.proves(1, idle != held and tensor.equal(image))
 
     lesson.heading("MB that a worker has to itself")
-    print(
-        "workers are", "forked, weighed by the kernel" if FORKS else "spawned, figures are what they are sent"
-    )
+    print("workers are", "forked, weighed by the kernel" if FORKS else "spawned, here is what they are sent")
     gc.freeze()  # or else a collection in the worker could write into every object it got from its parent
     kinds = {"list": listed, "array": array, "tensor": tensor}
     totals, before, after = zip(*(epoch(records) for records in kinds.values()), strict=True)
