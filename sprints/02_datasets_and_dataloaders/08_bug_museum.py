@@ -91,7 +91,8 @@ class Peeking(Case):
         return [(part - measured.mean()) / measured.std() for part in (self.images, self.tests)]
 
     def seen(self, made: Outcome) -> str:
-        return f"{made[0].mean():+.3f} {made[0].std():.3f}"
+        mean = round(made[0].mean().item(), 3) + 0.0  # no -0.000
+        return f"{mean:.3f} {made[0].std():.3f}"
 
     def passes(self, variant: Variant) -> bool:
         before, self.tests = variant()[0], 1 - self.tests
