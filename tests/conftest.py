@@ -1,9 +1,11 @@
-import functools
+import os
+import pickle
 
 import matplotlib.font_manager  # noqa: F401  (builds its cache once, here, so that no lesson reports it)
 import play
 import pytest
 import torch
+from filelock import FileLock  # torch brings it
 
 torch.set_num_threads(play.threads())
 
@@ -25,7 +27,17 @@ def only_full(full):
 
 @pytest.fixture(scope="session")
 def ran(full, tmp_path_factory):
-    """ran(script, device): the lesson's run; one for all the tests that look at it."""
-    return functools.cache(
-        lambda script, device: play.run(script, tmp_path_factory.mktemp("run"), device=device, full=full)
-    )
+    """ran(script, device): the lesson's run, one for all the tests that look at it, in any process."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # where all processes meet
+
+    def run(script, device) -> play.Run:
+        kept = folder / f"{script.path.stem}-{script.sprint}-{device}"
+        with FileLock(f"{kept}.lock"):
+            if not kept.exists():
+                scratch = tmp_path_factory.mktemp("run")
+                kept.write_bytes(pickle.dumps(play.run(script, scratch, device=device, full=full)))
+        return pickle.loads(kept.read_bytes())
+
+    return run

@@ -90,12 +90,11 @@ def scripts(root: Path) -> list[Script]:
 
 
 def each(parameters: list[tuple]) -> list:
-    """Test parameters named after their parts; the tests of one lesson share a process, and so its run."""
+    """Test parameters named after their parts."""
     return [
-        pytest.param(*parts, id=(name := "-".join(getattr(part, "key", str(part)) for part in parts)),
-                     marks=pytest.mark.xdist_group("-".join(name.split("-")[:2])))
+        pytest.param(*parts, id="-".join(getattr(part, "key", str(part)) for part in parts))
         for parts in parameters
-    ]  # fmt: skip
+    ]
 
 
 LESSONS = scripts(ROOT)

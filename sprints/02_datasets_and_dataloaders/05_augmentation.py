@@ -119,6 +119,7 @@ def main(lesson: Lesson) -> None:
     random = LIMIT * (2 * torch.rand(TESTS, generator=draw) - 1)  # drawn once: one test for all networks
     turns = torch.cat([random[None], wheel[:, None].expand(-1, TESTS)]).to(lesson.device)  # (tests, N)
     tests = [warp(images, degrees) for degrees in turns]
+    torch.set_num_threads(1)  # for so small a network, threads wait for each other longer than they compute
     called = torch.empty(PAIRS, 2, len(tests), TESTS)  # what each network calls each image of each test
     for pair in lesson.progress(range(PAIRS), "pairs"):
         some = torch.randperm(len(training), generator=draw)[:IMAGES]
