@@ -72,7 +72,7 @@ run(main)
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
 @pytest.mark.parametrize("code", [IMPORTING, RUNNING], ids=["importing", "running"])
 def test_ctrl_c(tmp_path, code):
-    script = tmp_path / "sprints" / "01_fixture" / "endless.py"
+    script = tmp_path / "sprints" / "01_fixture" / "01_endless.py"
     script.parent.mkdir(parents=True)
     script.write_text(code, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(course.ROOT / "sprints"), "PYTHONUNBUFFERED": "1"}
@@ -85,4 +85,4 @@ def test_ctrl_c(tmp_path, code):
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=60)
-    assert (process.returncode, told) == (2, "endless.py: stopped by Ctrl-C; nothing was written\n")
+    assert (process.returncode, told) == (2, "01_endless.py: stopped by Ctrl-C; nothing was written\n")

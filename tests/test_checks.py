@@ -135,7 +135,7 @@ def test_a_good_lesson_passes(fixture, tmp_path):
 def test_a_bad_run_is_caught(fixture, tmp_path, old, new, says):
     spoil(fixture.path, old, new)
     with pytest.raises(AssertionError, match=says):
-        course.check_run(play.run(course.Script(fixture.path), tmp_path / "run"))
+        course.check_run(play.run(course.Script(fixture.path), tmp_path / "run", fresh=False))
 
 
 @pytest.mark.parametrize(
@@ -214,8 +214,10 @@ def test_a_damage_that_does_nothing_is_caught(fixture, tmp_path):
         course.damages(fixture)[0],
         {"claim": 1, "what": "nothing", "old": "a + b", "new": "b + a"},
     )
-    course.check_caught(play.run(course.damaged(fixture, whole, tmp_path / "1"), tmp_path / "1"), whole)
-    run = play.run(course.damaged(fixture, harmless, tmp_path / "2"), tmp_path / "2")
+    course.check_caught(
+        play.run(course.damaged(fixture, whole, tmp_path / "1"), tmp_path / "1", fresh=False), whole
+    )
+    run = play.run(course.damaged(fixture, harmless, tmp_path / "2"), tmp_path / "2", fresh=False)
     with pytest.raises(AssertionError, match="not caught: nothing"):
         course.check_caught(run, harmless)
 

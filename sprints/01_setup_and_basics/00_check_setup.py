@@ -1,6 +1,6 @@
 """Check the setup: what is here, whether it calculates correctly, and what to do where it is not right.
 
-Run:     uv run sprints/01_setup_and_basics/00_check_setup.py      (4 s on two cores)
+Run:     uv run sprints/01_setup_and_basics/00_check_setup.py      (8 s on two cores)
 Proves:  1. each thing that can be wrong gets one piece of advice, and a sound machine gets none
          2. every device multiplies to within √D·eps of a float64 sum of outer products, in every dtype
          3. every device gives the product and the gradients that plain loops give

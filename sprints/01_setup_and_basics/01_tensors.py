@@ -1,6 +1,6 @@
 """Tensors: numbers in a row in memory, and a few integers that say how to walk through them.
 
-Run:     uv run sprints/01_setup_and_basics/01_tensors.py      (5 s on two cores)
+Run:     uv run sprints/01_setup_and_basics/01_tensors.py      (8 s on two cores)
 Proves:  1. halving a step until 1 + step is 1 finds the eps of each float dtype; it counts exactly to 2/eps
          2. writing into a view changes the tensor it was made from, writing into a copy does not
          3. element [i, j, …] of a view lies in the storage at offset + i·stride[0] + j·stride[1] + …

@@ -1,6 +1,6 @@
 """Autograd: PyTorch records what you compute, and walks back through it to get exact derivatives.
 
-Run:     uv run sprints/01_setup_and_basics/02a_autograd.py      (5 s on two cores)
+Run:     uv run sprints/01_setup_and_basics/02a_autograd.py      (9 s on two cores)
 Proves:  1. the gradient from backward() equals central differences
          2. the graph leads from the result back to every leaf that asked for a gradient, and to no other
          3. backward() adds to .grad: without zeroing, three calls leave three times the gradient

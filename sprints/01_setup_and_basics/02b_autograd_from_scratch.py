@@ -1,6 +1,6 @@
 """Autograd from scratch: an engine of about 50 lines that finds the gradients that PyTorch finds.
 
-Run:     uv run sprints/01_setup_and_basics/02b_autograd_from_scratch.py      (5 s on two cores)
+Run:     uv run sprints/01_setup_and_basics/02b_autograd_from_scratch.py      (8 s on two cores)
 Proves:  1. a number that is used twice receives both contributions: the sum over its paths to the result
          2. in 400 random expressions the value and its gradient equal PyTorch's
          3. a second backward() adds the same gradient again, as PyTorch's does

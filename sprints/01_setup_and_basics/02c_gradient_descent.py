@@ -1,6 +1,6 @@
 """Gradient descent: a line fitted by walking downhill, and the size of step at which the walk flies apart.
 
-Run:     uv run sprints/01_setup_and_basics/02c_gradient_descent.py      (5 s on two cores)
+Run:     uv run sprints/01_setup_and_basics/02c_gradient_descent.py      (10 s on two cores)
 Proves:  1. the gradient and the Hessian written out by hand equal autograd's
          2. descent by hand and by autograd with torch.optim.SGD take the same steps
          3. both end at the line that the normal equations and torch.linalg.lstsq give in closed form

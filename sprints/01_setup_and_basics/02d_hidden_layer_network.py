@@ -1,6 +1,6 @@
 """One hidden layer: a network that bends, trained by gradients written out by hand.
 
-Run:     uv run sprints/01_setup_and_basics/02d_hidden_layer_network.py      (5 s on two cores)
+Run:     uv run sprints/01_setup_and_basics/02d_hidden_layer_network.py      (9 s on two cores)
 Proves:  1. no line gets more than three of the four XOR points right, and two hidden neurons get all four
          2. the parameters can be counted by formula: H·(D + 1) + V·(H + 1)
          3. neuron by neuron, as two matrix products and as nn.Module: same outputs, same gradients

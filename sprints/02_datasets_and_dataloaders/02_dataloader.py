@@ -1,6 +1,6 @@
 """The DataLoader: it makes batches of a dataset, in the order you ask for, and can have workers fetch them.
 
-Run:     uv run sprints/02_datasets_and_dataloaders/02_dataloader.py      (7 s on two cores)
+Run:     uv run sprints/02_datasets_and_dataloaders/02_dataloader.py      (11 s on two cores)
 Proves:  1. a loader by hand yields torch's batches in every epoch, shuffled or not, last one dropped or not
          2. a padded batch and its mask hold every ragged sample unchanged; the padding equals pad_sequence
          3. batches of like lengths visit every sample once, with less than half the padding

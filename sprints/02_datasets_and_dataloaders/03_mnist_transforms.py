@@ -1,6 +1,6 @@
 """MNIST transforms: what turns a picture into the tensor that a network is trained on.
 
-Run:     uv run sprints/02_datasets_and_dataloaders/03_mnist_transforms.py      (10 s on two cores)
+Run:     uv run sprints/02_datasets_and_dataloaders/03_mnist_transforms.py      (12 s on two cores)
 Proves:  1. ToImage with ToDtype(scale=True), the older ToTensor and a loop over pixels make the same tensor
          2. one streaming pass finds the mean and deviation of two passes, however the batches are cut
          3. once 4,096 is added to every pixel, float32 sums of squares lose the deviation, streaming keeps it

@@ -1,6 +1,6 @@
 """A custom transform: a random shift of your own that composes, repeats and travels to worker processes.
 
-Run:     uv run sprints/02_datasets_and_dataloaders/04_custom_transform.py      (10 s on two cores)
+Run:     uv run sprints/02_datasets_and_dataloaders/04_custom_transform.py      (11 s on two cores)
 Proves:  1. a padded slice, a loop over pixels and torchvision's affine shift an image alike
          2. from one seed, class and module make the same images, and the global random state stays as it was
          3. each of the (2P + 1)² shifts by up to P pixels is drawn equally often

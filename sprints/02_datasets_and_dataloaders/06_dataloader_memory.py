@@ -1,6 +1,6 @@
 """What workers really hold: pages shared and pages copied, files mapped and files read, batches made ahead.
 
-Run:     uv run sprints/02_datasets_and_dataloaders/06_dataloader_memory.py      (6 s on two cores)
+Run:     uv run sprints/02_datasets_and_dataloaders/06_dataloader_memory.py      (11 s on two cores)
 Proves:  1. taking an item from a list writes into the item; reading a tensor changes none of its bytes
          2. reading an epoch leaves a worker with a copy of a list's memory, and next to none of a tensor's
          3. a spawned worker is sent the whole of a list or an array, and a mere handle of a tensor

@@ -1,6 +1,6 @@
 """Text as a dataset: characters become numbers, and windows over them become inputs and targets.
 
-Run:     uv run sprints/02_datasets_and_dataloaders/07_text_dataset.py      (4 s on two cores)
+Run:     uv run sprints/02_datasets_and_dataloaders/07_text_dataset.py      (8 s on two cores)
 Proves:  1. decoding what was encoded gives back the text, to the last character
          2. a character outside the vocabulary is refused, never taken for another one
          3. the target of position t is the input of position t + 1, the next character of the text

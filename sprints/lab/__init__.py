@@ -6,8 +6,13 @@ and exit status 2, never a traceback: bad input, and Ctrl-C at any moment, the s
 Derived in: –
 """
 
+import multiprocessing
 import os
+import signal
 import sys
+import time
+
+STARTED = time.perf_counter()
 
 
 class BadInput(Exception):
@@ -15,11 +20,11 @@ class BadInput(Exception):
 
 
 def _last_word(kind, error, traceback) -> None:
-    program = os.path.basename(sys.argv[0])
+    """What an uncaught exception comes to."""
     if issubclass(kind, BadInput):
-        print(f"{program}: {error}", file=sys.stderr)
+        _say(error)
     elif issubclass(kind, KeyboardInterrupt):
-        print(f"{program}: stopped by Ctrl-C; nothing was written", file=sys.stderr)
+        _say("stopped by Ctrl-C; nothing was written")
     elif issubclass(kind, BrokenPipeError):  # `… | head`: nobody is reading any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
@@ -28,4 +33,18 @@ def _last_word(kind, error, traceback) -> None:
     sys.exit(2)
 
 
+def _stop_importing(*_) -> None:
+    """Ctrl-C during the imports, some of which would turn a KeyboardInterrupt into an error of their own."""
+    _say("stopped by Ctrl-C; nothing was written")
+    os._exit(2)
+
+
+def _say(what: object) -> None:
+    print(f"{os.path.basename(sys.argv[0])}: {what}", file=sys.stderr, flush=True)
+
+
 sys.excepthook = _last_word
+if (
+    os.path.basename(sys.argv[0])[:1].isdigit() and multiprocessing.parent_process() is None
+):  # a lesson, no worker
+    signal.signal(signal.SIGINT, _stop_importing)  # until lab.lesson.run

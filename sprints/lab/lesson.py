@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 import tempfile
 import textwrap
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from lab import BadInput
+from lab import STARTED, BadInput
 
 import matplotlib
 import numpy as np
@@ -36,7 +37,6 @@ DATA_HELP = {
     "digits": "folder with MNIST, or 'rendered'; without it MNIST is downloaded, or else digits are rendered",
     "text": "a UTF-8 text file; without it the lesson's own text",
 }
-STARTED = time.perf_counter()
 
 
 def fields(docstring: str) -> dict[str, str]:
@@ -167,6 +167,7 @@ class Lesson:
 
 def run(main: Callable[[Lesson], None], *, data: str | None = None, steps: int = 0) -> None:
     """Run a lesson from its command line. `data`: "digits" or "text"; `steps`: the length of its training."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the imports are over; see lab/__init__.py
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8")  # a Windows console or pipe may be cp1252
     matplotlib.use("Agg")  # no window, also where there is no screen
