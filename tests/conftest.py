@@ -1,4 +1,3 @@
-import os
 import pickle
 
 import matplotlib.font_manager  # noqa: F401  (builds its cache once, here, so that no lesson reports it)
@@ -26,11 +25,11 @@ def only_full(full):
 
 
 @pytest.fixture(scope="session")
-def ran(full, tmp_path_factory):
+def ran(request, full, tmp_path_factory):
     """ran(script, device): the lesson's run, one for all the tests that look at it, in any process."""
     folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # where all processes meet
+    if hasattr(request.config, "workerinput"):  # one of several processes of pytest-xdist
+        folder = folder.parent  # where they meet
 
     def run(script, device) -> play.Run:
         kept = folder / f"{script.path.stem}-{script.sprint}-{device}"

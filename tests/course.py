@@ -168,6 +168,9 @@ def check_shape(script: Script) -> None:
     assert guard[1].startswith("    run(main"), f"{place}: does not end in run(main)"
 
 
+LOADERS = {"__import__", "exec", "import_module", "run_module", "run_path", "spec_from_file_location"}
+
+
 def check_imports(script: Script) -> None:
     """No lesson imports a lesson, nor a part of the lab that only a later sprint derives."""
     place = f"sprints/{script.key}.py"
@@ -180,15 +183,8 @@ def check_imports(script: Script) -> None:
                 f"{place}, line {node.lineno}: a lesson imports nothing from its own folder"
             )
             modules |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Name | ast.Attribute):
-            name = getattr(node, "id", getattr(node, "attr", ""))
-            assert name not in (
-                "__import__",
-                "import_module",
-                "run_path",
-                "run_module",
-                "SourceFileLoader",
-            ), f"{place}, line {node.lineno}: {name} could bring in another lesson"
+        name = getattr(node, "id", getattr(node, "attr", ""))
+        assert name not in LOADERS, f"{place}, line {node.lineno}: {name} could bring in another lesson"
     for module in modules & {"importlib", "importlib.util", "runpy"}:
         raise AssertionError(f"{place}: {module} could bring in another lesson")
     for module in sorted(modules):

@@ -245,14 +245,8 @@ def test_how_alike_a_quote_must_be(quote, line, same):
 def test_a_new_lesson_needs_no_new_test(fixture, only_full):
     """The whole suite, on a course that it has never seen."""
     shutil.copytree(course.ROOT / "sprints" / "lab", fixture.root / "sprints" / "lab")
-    for file in (
-        "course.py",
-        "conftest.py",
-        "test_lessons.py",
-        "test_notes.py",
-        "test_structure.py",
-        "test_damage.py",
-    ):
+    tests = ("test_lessons.py", "test_notes.py", "test_structure.py", "test_damage.py")
+    for file in ("course.py", "play.py", "conftest.py", *tests):
         shutil.copy(course.ROOT / "tests" / file, fixture.root / "tests")
     shutil.copy(course.ROOT / "pyproject.toml", fixture.root)
     environment = os.environ | {"PYTHONPATH": str(fixture.root / "sprints")}
