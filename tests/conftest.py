@@ -1,21 +1,24 @@
 import pickle
 
-import matplotlib.font_manager  # noqa: F401  (builds its cache once, here, so that no lesson reports it)
 import play
 import pytest
-import torch
 from filelock import FileLock  # torch brings it
-
-torch.set_num_threads(play.threads())
 
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="lessons at full length, on five seeds, and damaged")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def full(request) -> bool:
-    return request.config.getoption("--full")
+    """Whether this is the full suite; also what every process sets up before its first test."""
+    import matplotlib.font_manager  # noqa: F401  (builds its cache once, here, so that no lesson reports it)
+    import torch
+
+    torch.set_num_threads(play.threads())
+    if full := request.config.getoption("--full"):
+        play.PRELOADED.append("torchvision.transforms.v2")
+    return full
 
 
 @pytest.fixture

@@ -12,11 +12,10 @@ import types
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 LAB = Path(__file__).resolve().parents[1] / "sprints"
 UNREACHABLE = "http://127.0.0.1:9"  # as a proxy: whatever asks for the network is refused at once
 SECONDS = 280
+PRELOADED = ["torch", "matplotlib.pyplot"]  # in the process that runs of fresh=False are copied from
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def _start(
 def _fork(*run: object, workers: str | None) -> int:
     """In a copy of a process that has done nothing but import: its exit status."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchvision.transforms.v2", "matplotlib.pyplot"])
+    context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_become, args=(*run, workers))
     process.start()
     process.join(SECONDS)
@@ -124,6 +123,8 @@ def _become(
     workers: str | None,
 ) -> None:
     """Turn this process into a run of the lesson."""
+    import torch  # not above: pytest's controlling process can do without
+
     for number, stream in enumerate(streams, start=1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(folder)

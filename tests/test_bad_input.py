@@ -44,7 +44,7 @@ def test_data_that_is_no_data(script, device, only_full, tmp_path):
 
 def test_a_device_that_is_not_there(tmp_path):
     missing = next(device for device in ("cuda", "mps") if device not in course.DEVICES)
-    check_refused(play.run(course.LESSONS[0], tmp_path, device=missing))
+    check_refused(play.run(course.LESSONS[0], tmp_path, device=missing, fresh=False))
 
 
 IMPORTING = """
