@@ -84,6 +84,15 @@ class Script:
         """What `uv run pytest` passes to a lesson that takes long: the --steps in its Run line."""
         return re.findall(r"--steps \d+", self.fields.get("Run", ""))
 
+    @property
+    def full_claims(self) -> set[int]:
+        """The claims that a short run leaves to the full one: `proves(…, full_run=True)`."""
+        return {
+            call.args[0].value
+            for call in ast.walk(self.tree)
+            if isinstance(call, ast.Call) and any(keyword.arg == "full_run" for keyword in call.keywords)
+        }
+
 
 def scripts(root: Path) -> list[Script]:
     return [Script(path) for path in sorted(root.glob("sprints/[0-9]*/[0-9]*.py"))]

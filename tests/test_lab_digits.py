@@ -264,3 +264,15 @@ class TestDownload:
         with mirror(monkeypatch, refused):
             assert digits.find() == data / "rendered"
         shutil.rmtree(data)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_tensors_are_what_torchvision_reads(rendered, train):
+    images, labels = digits.tensors(rendered, train=train, device=torch.device("cpu"))
+    theirs = MNIST(rendered, train=train)
+    assert images.shape == (len(theirs), 1, 28, 28)
+    assert images.dtype == torch.float32
+    assert torch.equal((images[:, 0] * 255).round().byte(), theirs.data)
+    assert images.max() <= 1
+    assert torch.equal(labels, theirs.targets)
+    assert not digits.is_mnist(rendered)

@@ -2,6 +2,7 @@
 
     root = find(lesson.data)                       # prints one line that says which digits these are
     train = torchvision.datasets.MNIST(root, train=True)
+    images, labels = tensors(root, train=True, device=lesson.device)  # or all at once
 
 Without a network there is no MNIST to download. Then digits are drawn from the typefaces that ship with
 matplotlib, each one slanted, scaled, shifted, thickened, distorted and made noisy at random: 12,000 for
@@ -65,7 +66,7 @@ def find(data: str | None = None) -> Path:
     if data is not None:
         if fault := _fault(Path(data)):
             raise BadInput(f"--data {data}: {fault}")
-        return _report(Path(data), "MNIST" if _is_mnist(Path(data)) else "digits")
+        return _report(Path(data), "MNIST" if is_mnist(Path(data)) else "digits")
     if _fault(DATA) is None:
         return _report(DATA, "MNIST")
     try:
@@ -74,6 +75,17 @@ def find(data: str | None = None) -> Path:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         return _report(_rendered(DATA), f"rendered digits, as MNIST could not be downloaded ({reason})")
     return _report(DATA, "MNIST, downloaded")
+
+
+def tensors(root: Path, *, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All images of one of the two sets, (N, 1, 28, 28) from 0 to 1, and their labels (N,), on the device."""
+    digits = MNIST(root, train=train)
+    return digits.data[:, None].to(device) / 255, digits.targets.to(device)
+
+
+def is_mnist(root: Path) -> bool:
+    """Whether these are MNIST's own 60,000 training images rather than rendered or other digits."""
+    return _read_header(root / "MNIST" / "raw" / IMAGES[0])[0] == 60_000
 
 
 def _report(root: Path, what: str) -> Path:
@@ -117,10 +129,6 @@ def _fault(root: Path) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def _is_mnist(root: Path) -> bool:
-    return _read_header(root / "MNIST" / "raw" / IMAGES[0])[0] == 60_000
 
 
 # ── Downloading ───────────────────────────────────────────────────────────────────────────────────────────
