@@ -13,10 +13,12 @@ import pytest
 EMPTY = {
     "digits": {"MNIST/raw/train-images-idx3-ubyte": b"\0\0\x08\x03\0\0"},
     "text": {"text": b" \n"},
+    "stories": {"text": b" \n"},
 }
 FOREIGN = {
     "digits": {"MNIST/raw/train-images-idx3-ubyte": b"<html>"},
     "text": {"text": b"\xff\xfe\0a"},
+    "stories": {"text": b"\xff\xfe\0a"},
 }
 WITH_DATA = [script for script in course.LESSONS if script.data]
 
@@ -36,7 +38,7 @@ def test_data_that_is_no_data(script, device, only_full, tmp_path):
             file = tmp_path / str(number) / name
             file.parent.mkdir(parents=True)
             file.write_bytes(content)
-        data = tmp_path / str(number) / ("text" if kind == "text" else "")
+        data = tmp_path / str(number) / ("" if kind == "digits" else "text")
         check_refused(
             play.run(script, tmp_path / f"run{number}", "--data", str(data), device=device, fresh=False)
         )

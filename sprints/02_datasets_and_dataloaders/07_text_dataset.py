@@ -1,10 +1,10 @@
 """Text as a dataset: characters become numbers, and windows over them become inputs and targets.
 
 Run:     uv run sprints/02_datasets_and_dataloaders/07_text_dataset.py      (8 s on two cores)
-Proves:  1. decoding what was encoded gives back the text, to the last character
+Proves:  1. decoding what was encoded gives back the text, to the last character; the lab encodes alike
          2. a character outside the vocabulary is refused, never taken for another one
          3. the target of position t is the input of position t + 1, the next character of the text
-         4. the dataset's windows equal those of a loop and those of unfold, at every length and stride
+         4. the dataset's windows equal those of a loop, of unfold and of the lab, at every length and stride
          5. cutting the text keeps every position on one side of the split; cutting the windows shares T
          6. a padded batch and its mask equal what pad_sequence makes of the lines
          7. the masked mean loss and its gradient equal a loop over the lines and PyTorch's ignore_index
@@ -16,7 +16,7 @@ Note:    notes/07_text_dataset.md
 import tempfile
 from pathlib import Path
 
-from lab import BadInput
+from lab import BadInput, corpus
 from lab.lesson import Lesson, read_text, run
 
 import matplotlib.pyplot as plt
@@ -101,7 +101,7 @@ def main(lesson: Lesson) -> None:
     ids, V = encode(text, vocabulary), len(vocabulary)
     print(f"{len(text):,} characters in {len(text.encode()):,} bytes, V = {V} different ones")
     print(f"{text[:T]!r} -> {ids[:T].tolist()}")
-    lesson.proves(1, decode(ids, vocabulary) == text)
+    lesson.proves(1, decode(ids, vocabulary) == text and ids.equal(corpus.encode(text, vocabulary)))
     stranger = next(character for character in map(chr, range(32, 0xD800)) if character not in vocabulary)
     try:
         answer = encode(stranger, vocabulary)
@@ -121,7 +121,9 @@ def main(lesson: Lesson) -> None:
     slow = [windows_by_loop(ids.tolist(), *size) for size in sizes]
     # (S,) -> (N, length + 1) -> (N, 2, length): views of the same memory, nothing is copied
     views = [ids.unfold(0, length + 1, stride).unfold(1, length, 1) for length, stride in sizes]
-    lesson.proves_equal(4, [ours, ours], [slow, views])
+    lab = [corpus.windows(ids, t, torch.arange(0, len(ids) - t, stride)) for t, stride in sizes]
+    lab = [torch.stack(pair, dim=1) for pair in lab]  # (N, length), (N, length) -> (N, 2, length)
+    lesson.proves_equal(4, [ours] * 3, [slow, views, lab])
 
     lesson.heading("A held-out tenth")
     cut_windows = whole.tensor_split([len(whole) * 9 // 10])

@@ -36,6 +36,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 DATA_HELP = {
     "digits": "folder with MNIST, or 'rendered'; without it MNIST is downloaded, or else digits are rendered",
     "text": "a UTF-8 text file; without it the lesson's own text",
+    "stories": "'stories', which the lab writes, or any UTF-8 text file",
 }
 
 
@@ -166,7 +167,7 @@ class Lesson:
 
 
 def run(main: Callable[[Lesson], None], *, data: str | None = None, steps: int = 0) -> None:
-    """Run a lesson from its command line. `data`: "digits" or "text"; `steps`: the length of its training."""
+    """Run a lesson from its command line. `data`: a key of DATA_HELP; `steps`: the length of its training."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the imports are over; see lab/__init__.py
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8")  # a Windows console or pipe may be cp1252
@@ -185,7 +186,8 @@ def run(main: Callable[[Lesson], None], *, data: str | None = None, steps: int =
     option("--seed", default=0, metavar="N", type=_whole_number(0))
     option("--results", "folder for figures", default=str(file.parents[2] / "results"), metavar="DIR")
     if data:
-        option("--data", DATA_HELP[data], metavar="PATH")
+        defaults = {"default": "stories"} if data == "stories" else {}
+        option("--data", DATA_HELP[data], metavar="PATH", **defaults)
     if steps:
         option("--steps", "training steps", default=steps, metavar="N", type=_whole_number(1))
     lesson = Lesson(file, docstring, parser.parse_args(), steps)
