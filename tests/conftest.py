@@ -16,9 +16,7 @@ def full(request) -> bool:
     import torch
 
     torch.set_num_threads(play.threads())
-    if full := request.config.getoption("--full"):
-        play.PRELOADED.append("torchvision.transforms.v2")
-    return full
+    return request.config.getoption("--full")
 
 
 @pytest.fixture
@@ -29,7 +27,10 @@ def only_full(full):
 
 @pytest.fixture(scope="session")
 def ran(request, full, tmp_path_factory):
-    """ran(script, device): the lesson's run, one for all the tests that look at it, in any process."""
+    """ran(script, device): the lesson's run, one for all the tests that look at it, in any process.
+
+    With --full in a fresh interpreter; otherwise in a copy of a process that has imported torch already.
+    """
     folder = tmp_path_factory.getbasetemp()
     if hasattr(request.config, "workerinput"):  # one of several processes of pytest-xdist
         folder = folder.parent  # where they meet
@@ -39,7 +40,9 @@ def ran(request, full, tmp_path_factory):
         with FileLock(f"{kept}.lock"):
             if not kept.exists():
                 scratch = tmp_path_factory.mktemp("run")
-                kept.write_bytes(pickle.dumps(play.run(script, scratch, device=device, full=full)))
+                kept.write_bytes(
+                    pickle.dumps(play.run(script, scratch, device=device, full=full, fresh=full))
+                )
         return pickle.loads(kept.read_bytes())
 
     return run

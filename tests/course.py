@@ -143,7 +143,9 @@ def check_docstring(script: Script) -> None:
     assert script.docstring.split("\n")[0].endswith("."), f"{place}: its docstring begins with one sentence"
     for name in ("Run", "Proves", "Note"):
         assert name in script.fields, f"{place}: its docstring has no field {name}"
-    assert f"uv run {place} " in script.fields["Run"], f"{place}: Run names another command"
+    assert f"uv run {place} (" in " ".join(script.fields["Run"].split()), (
+        f"{place}: Run names another command"
+    )
     assert re.search(r"\(.*\d+ s.*\)", script.fields["Run"]), f"{place}: Run names no time"
     assert script.fields["Note"] == f"notes/{script.path.stem}.md", f"{place}: Note names another file"
     for file in script.writes:

@@ -15,7 +15,7 @@ from pathlib import Path
 LAB = Path(__file__).resolve().parents[1] / "sprints"
 UNREACHABLE = "http://127.0.0.1:9"  # as a proxy: whatever asks for the network is refused at once
 SECONDS = 280
-PRELOADED = ["torch", "matplotlib.pyplot"]  # in the process that runs of fresh=False are copied from
+PRELOADED = ["torch", "matplotlib.pyplot", "torchvision.transforms.v2"]  # before a process is copied from
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,6 @@ def _say(what: object) -> None:
 
 
 sys.excepthook = _last_word
-if (
-    os.path.basename(sys.argv[0])[:1].isdigit() and multiprocessing.parent_process() is None
-):  # a lesson, no worker
+_lesson = os.path.basename(sys.argv[0])[:1].isdigit()
+if _lesson and multiprocessing.current_process().name == "MainProcess":  # no worker of a lesson, also spawned
     signal.signal(signal.SIGINT, _stop_importing)  # until lab.lesson.run

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 TRAINING, HELD_OUT = 1_000_000, 100_000  # characters of stories, at least
-UNSEEN = 2**32  # held-out stories come from the seeds from here on, which --seed cannot reach
+LEAD = 2  # characters before a document that a model is shown first; before a story they are an empty line
 PIECE, SHORTEST = 500, 5_000  # characters: a held-out piece of a file; the shortest file worth splitting
 
 
@@ -28,7 +28,7 @@ class Corpus:
     name        "stories 0" (their seed), or the file
     vocabulary  the V characters, sorted; the number of a character is its place here
     train       (S,) the training text
-    held_out    documents, each (T + 1,): the character before it and then the document
+    held_out    documents, each (LEAD + T,): the characters before it and then the document
     floor       nats per character of the held-out stories, which no model can beat; None for a file
     """
 
@@ -55,12 +55,16 @@ class Corpus:
         return windows(self.train, T, starts)
 
     def documents(self, B: int = 64) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """All held-out documents in batches, padded at the end: inputs, targets and mask, each (B, T)."""
+        """All held-out documents in batches: inputs, targets and mask, each (B, LEAD - 1 + T).
+
+        The mask is True where the target belongs to the document: not in its lead, nor in the padding.
+        """
         for start in range(0, len(self.held_out), B):
             batch = self.held_out[start : start + B]
-            ids = pad_sequence(list(batch), batch_first=True)  # (B, T + 1)
-            lengths = torch.tensor([len(document) - 1 for document in batch]).to(ids.device)
-            mask = torch.arange(ids.shape[1] - 1, device=ids.device) < lengths[:, None]  # (B, T)
+            ids = pad_sequence(list(batch), batch_first=True)  # (B, LEAD + T)
+            lengths = torch.tensor([len(document) for document in batch]).to(ids.device)
+            place = torch.arange(1, ids.shape[1], device=ids.device)  # of each target
+            mask = (place >= LEAD) & (place < lengths[:, None])
             yield ids[:, :-1], ids[:, 1:], mask
 
 
@@ -80,16 +84,16 @@ def load(data: str, seed: int, device: torch.device) -> Corpus:
     """The corpus that --data names. BadInput if it names a file that cannot be used."""
     if data == "stories":
         train = "".join(story.text for story in stories.write(seed, TRAINING))
-        held_out = stories.write(UNSEEN + seed, HELD_OUT)
+        held_out = stories.write(f"held out {seed}", HELD_OUT)
         floor = sum(story.nats for story in held_out) / sum(len(story.text) for story in held_out)
-        documents, name = ["\n" + story.text for story in held_out], f"stories {seed}"
+        documents, name = ["\n" * LEAD + story.text for story in held_out], f"stories {seed}"
     else:
         text, floor, name = read_text(data), None, data
         if len(text) < SHORTEST:
             raise BadInput(f"--data {data}: {len(text):,} characters are too few, {SHORTEST:,} are needed")
-        train, rest = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 - 1 :]
-        documents = [rest[start : start + PIECE + 1] for start in range(0, len(rest) - 1, PIECE)]
-    characters = sum(map(len, documents)) - len(documents)
+        train, rest = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 - LEAD :]
+        documents = [rest[start : start + PIECE + LEAD] for start in range(0, len(rest) - LEAD, PIECE)]
+    characters = sum(len(document) - LEAD for document in documents)
     print(
         f"text: {name}; {len(train):,} characters for training, {characters:,} held out"
         + (f", floor {floor:.4f} nats each" if floor else "")

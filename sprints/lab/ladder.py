@@ -4,7 +4,7 @@ A language model is anything that can be called as `logits, state = model(ids, s
 characters, logits (B, T, V) say what follows each of them, and `state` holds what the model remembers of what
 came before (None: nothing did). A table remembers the last characters, a recurrent network its hidden state.
 
-    lesson.measured(rung=rung("bigram", model, corpus, seconds, lesson.seed))
+    lesson.measured(rungs=[rung("GRU", model, corpus, parameters, seconds, lesson.seed)])
 
 Derived in: 04_language_modelling/01_next_character
 """
@@ -12,7 +12,7 @@ Derived in: 04_language_modelling/01_next_character
 from typing import Any, Protocol
 
 from lab import stories
-from lab.corpus import Corpus
+from lab.corpus import LEAD, Corpus
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ def nats_per_character(model: LanguageModel, corpus: Corpus) -> float:
 def tell(model: LanguageModel, corpus: Corpus, count: int, seed: int, temperature: float = 1.0) -> list[str]:
     """`count` stories drawn character by character, each from its beginning to the first empty line."""
     draw, newline = torch.Generator().manual_seed(seed), corpus.vocabulary.index("\n")
-    ids = torch.full((count, 1), newline, device=corpus.train.device)  # (B, 1): what comes before a story
+    ids = torch.full((count, LEAD), newline, device=corpus.train.device)  # what comes before a story
     written, state, ended = [], None, torch.zeros(count, dtype=torch.bool)
     while len(written) < LONGEST and not ended.all():
         logits, state = model(ids, state)
@@ -54,16 +54,18 @@ def tell(model: LanguageModel, corpus: Corpus, count: int, seed: int, temperatur
     return [text[: text.index("\n\n") + 2] if "\n\n" in text else text for text in texts]
 
 
+def first_mistake(text: str) -> int | None:
+    """The character at which a text stops being a story; None if it is one, to its end."""
+    try:
+        stories.parse(text)
+    except stories.Mistake as mistake:
+        return mistake.position
+    return None
+
+
 def flawless(texts: list[str]) -> float:
     """The share of the texts that are whole stories without a mistake."""
-    return sum(map(_is_story, texts)) / len(texts)
-
-
-def _is_story(text: str) -> bool:
-    try:
-        return bool(stories.parse(text))
-    except stories.Mistake:
-        return False
+    return sum(first_mistake(text) is None for text in texts) / len(texts)
 
 
 def rung(
@@ -71,12 +73,14 @@ def rung(
 ) -> dict[str, object]:
     """A model's place on the ladder, for the lesson's JSON; `seconds` is what its training took."""
     told = tell(model, corpus, TOLD, seed)
+    faultless = [len(text) if (at := first_mistake(text)) is None else at for text in told]
     return {
         "name": name,
         "corpus": corpus.name,
         "floor": corpus.floor,
         "nats_per_character": nats_per_character(model, corpus),
         "flawless": flawless(told),
+        "faultless_characters": sum(faultless) / len(told),
         "sample": told[0],
         "parameters": parameters,
         "training_seconds": round(seconds, 1),

@@ -155,6 +155,7 @@ class Lesson:
                 "torch": torch.__version__,
                 "python": platform.python_version(),
                 "seconds": round(seconds, 1),
+                **({"short": True} if self.short else {}),
             } | self._metrics
             self._write(".json", (json.dumps(record, allow_nan=False) + "\n").encode())
         proven = sum(self._settled.values())

@@ -113,7 +113,7 @@ RULES = {
         "{hero.He} owned a {colour=colour} {stuff=stuff} {thing=thing} and nothing else.",
         "{hero.He} loved {hero.his} {colour=colour} {stuff=stuff} {thing=thing} more than cake.",
         "{hero.His} {relative=relative} gave {hero.him} a {colour=colour} {stuff=stuff} {thing=thing}.",
-        "From {hero.his} {relative=relative} {hero.he} had a {colour=colour} {stuff=stuff} {thing=thing}.",
+        "From {hero.his} {relative=relative} {hero.he} got a {colour=colour} {stuff=stuff} {thing=thing}.",
     ],
     "outing": [
         "One {weather=weather} {time=time} {hero.he} took it to the {first=place}.",
@@ -131,13 +131,13 @@ RULES = {
         "\"May I hold the {thing}?\" asked {friend}. <answer>",
         "\"How {colour} it is!\" said {friend}. <answer>",
         "{friend} wanted the {thing} at once. <answer>",
-        "{friend.He} had never seen such a {thing}. <answer>",
+        "{friend} had never seen such a {thing}. <answer>",
     ],
     "answer": [
         "\"You may have it for a while,\" said {hero} {manner=manner}.",
         "\"Be careful,\" said {hero} {manner=manner}.",
-        "{hero} said yes.",
-        "{hero} thought about it {manner=manner}.",
+        "{hero} only smiled.",
+        "{hero} nodded {manner=manner}.",
         "\"Let us share it,\" said {hero} {manner=manner}.",
     ],
     "loss": [
@@ -170,7 +170,7 @@ RULES = {
         "\"Hooray!\" shouted {hero}.",
     ],
     "end": [
-        "That {bedtime=time} {hero} slept with the {thing} under {hero.his} pillow.{keeper:=hero}",
+        "Every {later=time} {hero} took the {thing} out and polished it.{keeper:=hero}",
         "From then on {hero} kept the {thing} in a box.{keeper:=hero}",
         "And because {friend} liked the {thing} so much, {hero} let {friend.him} keep it.{keeper:=friend}",
         "Since that {time} the {thing} has hung over the bed of {friend}.{keeper:=friend}",
@@ -179,7 +179,7 @@ RULES = {
     ],
     "question": [
         "Who found the {thing}? {finder} did.",
-        "Where was it? It was {near} the {object} at the {where}.",
+        "Where was the {thing}? It was {near} the {object} at the {where}.",
         "Who has the {thing} now? {keeper} has.",
         "What is the {thing} like? It is a {colour} {stuff} {thing}.",
         "What did {helper} get? A {quality} {gift}.",
@@ -235,6 +235,9 @@ class Sentence:
 
     text: str
     weight: float
+
+    def __str__(self) -> str:
+        return self.text
 
     @functools.cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -333,18 +336,18 @@ class Grammar:
 
     def tell(self, draw: random.Random) -> Story:
         """Write a story."""
-        return self._walk(_Writer(draw))
+        return self.walk(_Writer(draw))
 
     def parse(self, text: str) -> Story:
         """Read a story: find the choices that wrote it. Mistake where none explains the text."""
         reader = _Reader(text)
-        story = self._walk(reader)
+        story = self.walk(reader)
         if reader.position < len(text):
             raise Mistake(text, reader.position, ["the end"])
         return story
 
-    def _walk(self, hand: "_Writer | _Reader") -> Story:
-        """The one path through the grammar, for both; `hand` makes the choices and says the words."""
+    def walk(self, hand: "_Writer | _Reader") -> Story:
+        """The one path through the grammar, for all; `hand` makes the choices and says the words."""
         facts: dict[str, str] = {}
         choices: list[Choice] = []
         mentions: list[Mention] = []
@@ -530,7 +533,7 @@ def _lead(facts: dict[str, str], sentence: Sentence) -> Lead:
 GRAMMAR = Grammar(RULES, WORDS)
 
 
-def write(seed: int, characters: int = 1_000_000) -> list[Story]:
+def write(seed: int | str, characters: int = 1_000_000) -> list[Story]:
     """Stories until there are so many characters; the same for the same seed, on every machine."""
     draw, stories, written = random.Random(seed), [], 0
     while written < characters:
