@@ -85,6 +85,17 @@ class Script:
         return re.findall(r"--steps \d+", self.fields.get("Run", ""))
 
     @property
+    def imports(self) -> set[str]:
+        """The modules that the lesson imports, and what it imports from them: "lab", "lab.corpus"."""
+        found = set()
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+        return found
+
+    @property
     def full_claims(self) -> set[int]:
         """The claims that a short run leaves to the full one: `proves(…, full_run=True)`."""
         return {
@@ -185,20 +196,15 @@ LOADERS = {"__import__", "exec", "import_module", "run_module", "run_path", "spe
 def check_imports(script: Script) -> None:
     """No lesson imports a lesson, nor a part of the lab that only a later sprint derives."""
     place = f"sprints/{script.key}.py"
-    modules = set()
     for node in ast.walk(script.tree):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, (
-                f"{place}, line {node.lineno}: a lesson imports nothing from its own folder"
-            )
-            modules |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        assert getattr(node, "level", 0) == 0, (
+            f"{place}, line {node.lineno}: a lesson imports nothing from its own folder"
+        )
         name = getattr(node, "id", getattr(node, "attr", ""))
         assert name not in LOADERS, f"{place}, line {node.lineno}: {name} could bring in another lesson"
-    for module in modules & {"importlib", "importlib.util", "runpy"}:
+    for module in script.imports & {"importlib", "importlib.util", "runpy"}:
         raise AssertionError(f"{place}: {module} could bring in another lesson")
-    for module in sorted(modules):
+    for module in sorted(script.imports):
         parts = module.split(".")
         file = (
             script.root / "sprints" / "lab" / f"{parts[1]}.py"

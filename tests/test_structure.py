@@ -30,11 +30,9 @@ def test_lesson_folders_hold_only_numbered_scripts():
 def test_the_lab_says_where_it_is_derived():
     for module in sorted((course.ROOT / "sprints" / "lab").glob("*.py")):
         if origin := course.derived_in(module):
-            lesson = course.ROOT / "sprints" / f"{origin}.py"
-            assert lesson.exists(), f"lab/{module.name} is derived in {origin}, which is not there"
-            assert f"lab.{module.stem}" in lesson.read_text(encoding="utf-8"), (
-                f"{origin} does not import its finished form"
-            )
+            lesson = course.Script(course.ROOT / "sprints" / f"{origin}.py")
+            assert lesson.path.exists(), f"lab/{module.name} is derived in {origin}, which is not there"
+            assert f"lab.{module.stem}" in lesson.imports, f"{origin} does not import its finished form"
 
 
 def test_results_belong_to_lessons():
