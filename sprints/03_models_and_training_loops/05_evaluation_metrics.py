@@ -178,10 +178,7 @@ def main(lesson: Lesson) -> None:
     for y, z in cases:
         tables.append(confusion(y, z.argmax(1), z.shape[1]))
         slow.append([scores_by_loop(y.tolist(), z.argmax(1).tolist(), c) for c in range(z.shape[1])])
-        hit, weight = (
-            (z.argmax(1) == y).double(),
-            1 / y.bincount()[y].double(),
-        )  # (N,): a class weighs 1 in all
+        hit, weight = (z.argmax(1) == y).double(), 1 / y.bincount()[y].double()  # (N,): a class weighs 1
         plain.append([hit.mean().item()] * 3)
         balanced.append(((hit * weight).sum() / weight.sum()).item())
     lesson.proves_equal(1, [scores(t).T.tolist() for t in tables], slow)

@@ -83,7 +83,7 @@ def main(lesson: Lesson) -> None:
         return WindowMLP(V, K, E, H).to(lesson.device)
 
     lesson.heading("One window at a time, and all at once")
-    exact = WindowMLP(V, 5, 3, 7).double().to(lesson.float64_device)
+    exact = WindowMLP(V, 5, 3, 31).double().to(lesson.float64_device)
     ids = corpus.train[:24].to(lesson.float64_device)  # (T,)
     ways = logits_by_loop(exact, ids.tolist()), logits_by_product(exact, ids), exact(ids[None])[0][0]
     weights = [*exact.parameters()]

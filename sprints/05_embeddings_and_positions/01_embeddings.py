@@ -121,12 +121,8 @@ def main(lesson: Lesson) -> None:
     moved = [(after != before).any(dim=-1).nonzero()[:, 0].tolist() for before, after in pairwise(sgd)]
     lesson.proves(2, moved == [[0, 1, 2, 3], [0, 1, 4, 5]], f"rows {moved}")
 
-    b1, b2, gone, never = (
-        0.9,
-        0.999,
-        [2, 3],
-        [6, 7, 8],
-    )  # Adam's decay rates; words of the first batch, of none
+    b1, b2 = 0.9, 0.999  # Adam's decay rates
+    gone, never = [2, 3], [6, 7, 8]  # words of the first batch only, and of none
     onward = b1 / (1 + b1) * math.sqrt((1 + b2) / b2)  # 0.670: m / √v when a gradient is followed by none
     ours = [(adam[2] - adam[1])[gone], adam[2][never], decayed[2][never]]
     expected = [onward * (adam[1] - start)[gone], start[never], (1 - RATE * DECAY) ** 2 * start[never]]
