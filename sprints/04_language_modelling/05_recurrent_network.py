@@ -1,7 +1,7 @@
 """A recurrent network: one vector, rewritten at every character, is all that it remembers of a text.
 
 Run:     uv run sprints/04_language_modelling/05_recurrent_network.py
-         (25 s on two cores; 10 s with --steps 40)
+         (30 s on two cores; 10 s with --steps 40)
 Proves:  1. an RNN and a GRU as loops over time equal nn.RNN and nn.GRU in every state and every gradient
          2. these loops are the lab's model, and a text read in pieces gives the logits of one reading
          3. where W is ρ times a rotation, a gradient k steps back is ρᵏ as long; with tanh never longer
