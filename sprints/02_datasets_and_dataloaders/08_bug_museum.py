@@ -13,7 +13,7 @@ import pickle
 
 from lab import digits
 from lab.lesson import Lesson, run
-from lab.museum import Exhibit, Outcome, Variant, show
+from lab.museum import Outcome, Twin, Variant, show
 
 import numpy as np
 import torch
@@ -59,24 +59,14 @@ def accuracy(means: Tensor, images: Tensor, labels: Tensor) -> str:
     return f"{(nearest == labels).float().mean():.0%}"
 
 
-class Case(Exhibit):
-    """Both versions in one method, `made`, to show how little lies between them; `seen` is what one sees."""
+class Case(Twin):
+    """What the exhibits have in common."""
 
     raw: Tensor  # training images (N, 1, 28, 28), bytes
     images: Tensor  # the same between 0 and 1
     labels: Tensor  # (N,)
     tests: Tensor  # test images (N, 1, 28, 28) between 0 and 1
     answers: Tensor  # (N,)
-    look: str  # where one looks
-
-    def wrong(self) -> Outcome:
-        return self.made(wrong=True)
-
-    def right(self) -> Outcome:
-        return self.made(wrong=False)
-
-    def symptom(self, wrong: Outcome, right: Outcome) -> str:
-        return f"{self.look} {self.seen(wrong)}   (right: {self.seen(right)})"
 
 
 class Peeking(Case):

@@ -11,7 +11,7 @@ Note:    notes/09_bug_museum.md
 from collections.abc import Callable
 
 from lab.lesson import Lesson, run
-from lab.museum import Exhibit, Outcome, Variant, show
+from lab.museum import Outcome, Twin, Variant, show
 
 import torch
 from torch import Tensor, nn
@@ -64,24 +64,15 @@ def train(
     return [torch.stack(losses), torch.tensor(rates)]
 
 
-class Case(Exhibit):
-    """Both versions in one method, `made`, to show how little lies between them; `seen` is what one sees."""
+class Case(Twin):
+    """What the exhibits have in common."""
 
     seed: int
     x: Tensor  # (N, F)
     y: Tensor  # (N,)
-    look: str  # where one looks
 
-    def wrong(self) -> Outcome:
+    def begin(self) -> None:
         torch.manual_seed(self.seed)
-        return self.made(wrong=True)
-
-    def right(self) -> Outcome:
-        torch.manual_seed(self.seed)
-        return self.made(wrong=False)
-
-    def symptom(self, wrong: Outcome, right: Outcome) -> str:
-        return f"{self.look} {self.seen(wrong)}   (right: {self.seen(right)})"
 
 
 class SoftmaxTwice(Case):

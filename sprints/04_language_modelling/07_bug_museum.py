@@ -13,7 +13,7 @@ import string
 from lab import stories
 from lab.corpus import encode
 from lab.lesson import Lesson, run
-from lab.museum import Exhibit, Outcome, Variant, show
+from lab.museum import Outcome, Twin, Variant, show
 from lab.ngram import NGram
 
 import torch
@@ -29,24 +29,14 @@ def nats(model: NGram, windows: Tensor) -> Tensor:
     return cross_entropy(logits.mT, windows[:, 1:], reduction="none")  # (N, V, T), (N, T) -> (N, T)
 
 
-class Case(Exhibit):
-    """Both versions in one method, `made`, to show how little lies between them; `seen` is what one sees."""
+class Case(Twin):
+    """What the exhibits have in common."""
 
     seed: int
     text: str  # S characters of stories
     vocabulary: str
     model: NGram  # trigrams, counted in other stories
     documents: Tensor  # (N, T + 1): a newline, and how N more stories begin
-    look: str  # where one looks
-
-    def wrong(self) -> Outcome:
-        return self.made(wrong=True)
-
-    def right(self) -> Outcome:
-        return self.made(wrong=False)
-
-    def symptom(self, wrong: Outcome, right: Outcome) -> str:
-        return f"{self.look} {self.seen(wrong)}   (right: {self.seen(right)})"
 
     def encode(self, text: str) -> Tensor:
         return encode(text, self.vocabulary).to(self.documents.device)

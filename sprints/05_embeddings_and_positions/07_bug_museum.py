@@ -11,7 +11,7 @@ Note:    notes/07_bug_museum.md
 import math
 
 from lab.lesson import Lesson, run
-from lab.museum import Exhibit, Outcome, Variant, show
+from lab.museum import Outcome, Twin, Variant, show
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +45,8 @@ def places(positions: Tensor) -> str:
     return " ".join(str(place) for place in nearest.tolist())
 
 
-class Case(Exhibit):
-    """Both versions in one method, `made`, to show how little lies between them; `seen` is what one sees."""
+class Case(Twin):
+    """What the exhibits have in common."""
 
     seed: int
     words: Tensor  # (B, T), none of them 0, which stands for padding
@@ -54,18 +54,9 @@ class Case(Exhibit):
     q: Tensor  # queries, keys and values of one text (T, D)
     k: Tensor
     v: Tensor
-    look: str  # where one looks
 
-    def wrong(self) -> Outcome:
+    def begin(self) -> None:
         torch.manual_seed(self.seed)
-        return self.made(wrong=True)
-
-    def right(self) -> Outcome:
-        torch.manual_seed(self.seed)
-        return self.made(wrong=False)
-
-    def symptom(self, wrong: Outcome, right: Outcome) -> str:
-        return f"{self.look} {self.seen(wrong)}   (right: {self.seen(right)})"
 
 
 class PaddingTrained(Case):

@@ -48,6 +48,34 @@ class Exhibit(ABC):
         """The check; `variant` is self.wrong or self.right."""
 
 
+class Twin(Exhibit):
+    """An exhibit with both versions in one method, to show how little lies between them."""
+
+    look: str  # where one looks
+
+    @abstractmethod
+    def made(self, wrong: bool) -> Outcome:
+        """Either version."""
+
+    @abstractmethod
+    def seen(self, made: Outcome) -> str:
+        """What one sees of it there."""
+
+    def begin(self) -> None:
+        """What both versions begin with, such as the same random numbers."""
+
+    def wrong(self) -> Outcome:
+        self.begin()
+        return self.made(wrong=True)
+
+    def right(self) -> Outcome:
+        self.begin()
+        return self.made(wrong=False)
+
+    def symptom(self, wrong: Outcome, right: Outcome) -> str:
+        return f"{self.look} {self.seen(wrong)}   (right: {self.seen(right)})"
+
+
 def show(lesson: Lesson, exhibits: Sequence[type[Exhibit]]) -> None:
     """Show every exhibit; prove claims 1, 2 and 3 of the lesson, which must be CLAIMS."""
     if tuple(lesson.claims.values())[:3] != CLAIMS:
