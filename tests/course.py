@@ -6,6 +6,7 @@ Each check raises AssertionError with a message that says what to put right.
 import ast
 import functools
 import re
+import shutil
 import textwrap
 import tomllib
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-MOST_LINES, MOST_OUTPUT, MOST_FIGURE = 300, 45, 100_000
+MOST_LINES, MOST_OUTPUT, MOST_BYTES = 300, 45, {".png": 100_000, ".html": 1_000_000}
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
 
 
@@ -141,8 +142,9 @@ def check_run(run: play.Run) -> None:
     assert not run.touched, f"files appeared where none should: {sorted(run.touched)}"
     lines = len(run.stdout.splitlines())
     assert lines <= MOST_OUTPUT, f"{lines} lines of output, at most {MOST_OUTPUT} can be read at a glance"
-    for figure in run.results.rglob("*.png"):
-        assert figure.stat().st_size < MOST_FIGURE, f"{figure.name} takes {figure.stat().st_size:,} bytes"
+    for file in run.results.rglob("*.*"):
+        size = file.stat().st_size
+        assert size < MOST_BYTES.get(file.suffix, size + 1), f"{file.name} takes {size:,} bytes"
 
 
 # ── Structure ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -323,16 +325,25 @@ def check_damages(script: Script) -> None:
     without = script.claims.keys() - {damage["claim"] for damage in damages(script)}
     assert not without, f"{script.damage.relative_to(script.root)} has no damage for claims {sorted(without)}"
     for damage in damages(script):
-        places = script.source.count(damage["old"])
+        places = _where(script, damage).read_text(encoding="utf-8").count(damage["old"])
         assert places == 1, f"{script.damage.name}: «{damage['what']}» fits in {places} places"
 
 
+def _where(script: Script, damage: dict) -> Path:
+    """The file that is damaged: the lesson, or the module of the lab that the damage names."""
+    return script.root / "sprints" / "lab" / damage["lab"] if "lab" in damage else script.path
+
+
 def damaged(script: Script, damage: dict, scratch: Path) -> Script:
-    """A copy of the lesson with the damage done."""
-    copy = scratch / "course" / "sprints" / script.sprint / script.path.name
-    copy.parent.mkdir(parents=True)
-    copy.write_text(script.source.replace(damage["old"], damage["new"]), encoding="utf-8")
-    return Script(copy)
+    """A copy of the lesson, and of the lab if that is what is damaged, with the damage done."""
+    copy = Script(scratch / "course" / script.path.relative_to(script.root))
+    copy.path.parent.mkdir(parents=True)
+    shutil.copy(script.path, copy.path)
+    if "lab" in damage:
+        shutil.copytree(script.root / "sprints" / "lab", copy.root / "sprints" / "lab")
+    text = _where(script, damage).read_text(encoding="utf-8").replace(damage["old"], damage["new"])
+    _where(copy, damage).write_text(text, encoding="utf-8")
+    return copy
 
 
 def check_caught(run: play.Run, damage: dict) -> None:

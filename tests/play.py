@@ -50,7 +50,9 @@ def run(script, scratch: Path, *options: str, device="cpu", full=False, fresh=Tr
     data = ["--data", "rendered"] if script.data == "digits" else []
     arguments = [script.path, "--device", device, "--results", results, *data, *short, *options]
     environment = {
-        "PYTHONPATH": str(LAB),
+        "PYTHONPATH": os.pathsep.join(
+            [str(script.root / "sprints"), str(LAB)]
+        ),  # a lab of its own comes first
         "PYTHONIOENCODING": "cp1252",
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": str(threads()),
@@ -129,6 +131,7 @@ def _become(
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(folder)
     os.environ.update(environment)
+    sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
     tempfile.tempdir = None
     sys.argv = arguments
     torch.set_num_threads(threads())

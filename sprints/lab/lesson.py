@@ -76,6 +76,7 @@ class Lesson:
         self.results = _writable(Path(options.results).absolute() / file.parent.name)
         self._settled: dict[int, bool] = {}  # claim -> proven (True) or left to the full run (False)
         self._figure: Figure | None = None
+        self._page: str | None = None
         self._metrics: dict[str, object] = {}
         self._headings = 0
 
@@ -136,6 +137,10 @@ class Lesson:
         """Keep the figure; it is written as results/<sprint>/<script>.png once every claim is proven."""
         self._figure = figure
 
+    def save_page(self, html: str) -> None:
+        """Keep a page that needs nothing else; it is written as results/<sprint>/<script>.html like the figure."""
+        self._page = html
+
     def finish(self) -> None:
         """Every claim was settled: write what there is to write, else end with status 1."""
         if missing := sorted(self.claims.keys() - self._settled.keys()):
@@ -146,6 +151,8 @@ class Lesson:
             image = io.BytesIO()
             self._figure.savefig(image, format="png", dpi=120, metadata={"Software": None})
             self._write(".png", image.getvalue())
+        if self._page:
+            self._write(".html", self._page.encode())
         if self._metrics:
             record = {
                 "lesson": f"{self.file.parent.name}/{self.file.stem}",
