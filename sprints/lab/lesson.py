@@ -138,7 +138,7 @@ class Lesson:
         self._figure = figure
 
     def save_page(self, html: str) -> None:
-        """Keep a page that needs nothing else; it is written as results/<sprint>/<script>.html like the figure."""
+        """Keep a self-contained page; it is written like the figure, as results/<sprint>/<script>.html."""
         self._page = html
 
     def finish(self) -> None:
