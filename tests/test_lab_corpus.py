@@ -1,5 +1,6 @@
 """lab.corpus and lab.ladder: what all language models are trained on, and what they are asked."""
 
+import json
 import math
 
 from lab import BadInput, corpus, ladder, stories
@@ -104,3 +105,7 @@ def test_a_rung_is_what_the_model_earns(tales):
     assert rung["corpus"] == "stories 7"
     assert rung["training_seconds"] == 1.3
     assert rung["nats_per_character"] > math.log(tales.V)  # sure of itself, and wrong about other stories
+    assert ladder.is_rung(json.loads(json.dumps(rung)))
+    for damage in ({"floor": "low"}, {"name": None}, {"flawless": [1]}):
+        assert not ladder.is_rung({**rung, **damage})
+    assert not ladder.is_rung([rung])

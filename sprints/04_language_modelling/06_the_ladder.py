@@ -22,6 +22,7 @@ from pathlib import Path
 from lab import BadInput, ladder, stories
 from lab.corpus import LEAD, Corpus, load
 from lab.fit import fit
+from lab.ladder import Rung
 from lab.lesson import Lesson, run
 from lab.mlp import WindowMLP
 from lab.ngram import NGram
@@ -33,7 +34,6 @@ from matplotlib.figure import Figure
 from torch import nn
 
 TABLES = {"uniform": (1, 1e12), "unigram": (1, 0.1), "bigram": (2, 0.1), "trigram": (3, 0.1)}  # n, smoothing
-Rung = dict[str, object]
 
 
 def small_networks(V: int, steps: int) -> dict[str, tuple[Callable[[], nn.Module], dict[str, float]]]:
@@ -54,8 +54,10 @@ def read(folder: Path) -> Iterator[tuple[str, dict]]:
             record = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise BadInput(f"{file} cannot be read ({error}); run its lesson again") from error
-        if "rungs" in record:
-            yield record["lesson"], record
+        if isinstance(record, dict) and "rungs" in record:
+            if not (isinstance(record["rungs"], list) and all(map(ladder.is_rung, record["rungs"]))):
+                raise BadInput(f"{file} has rungs that no lesson wrote; run its lesson again")
+            yield record.get("lesson", file.stem), record
 
 
 def counts(record: dict, rung: Rung, corpus: Corpus) -> bool:

@@ -9,7 +9,7 @@ came before (None: nothing did). A table remembers the last characters, a recurr
 Derived in: 04_language_modelling/01_next_character
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, get_type_hints
 
 from lab import stories
 from lab.corpus import LEAD, Corpus
@@ -68,10 +68,28 @@ def flawless(texts: list[str]) -> float:
     return sum(first_mistake(text) is None for text in texts) / len(texts)
 
 
-def rung(
-    name: str, model: LanguageModel, corpus: Corpus, parameters: int, seconds: float, seed: int
-) -> dict[str, object]:
-    """A model's place on the ladder, for the lesson's JSON; `seconds` is what its training took."""
+class Rung(TypedDict):
+    """A model's place on the ladder."""
+
+    name: str
+    corpus: str
+    floor: float | None
+    nats_per_character: float
+    flawless: float
+    faultless_characters: float
+    sample: str
+    parameters: int
+    training_seconds: float | int
+
+
+def is_rung(thing: object) -> bool:
+    """Whether something out of a JSON file has all that a rung has."""
+    kinds = get_type_hints(Rung)
+    return isinstance(thing, dict) and all(isinstance(thing.get(key), kind) for key, kind in kinds.items())
+
+
+def rung(name: str, model: LanguageModel, corpus: Corpus, parameters: int, seconds: float, seed: int) -> Rung:
+    """What goes into the lesson's JSON; `seconds` is what its training took."""
     told = tell(model, corpus, TOLD, seed)
     faultless = [len(text) if (at := first_mistake(text)) is None else at for text in told]
     return {
