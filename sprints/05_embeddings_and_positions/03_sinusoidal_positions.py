@@ -1,7 +1,7 @@
 """Sinusoidal positions: a clock with many hands, and where they point tells which position it is.
 
 Run:     uv run sprints/05_embeddings_and_positions/03_sinusoidal_positions.py      (7 s on two cores)
-Proves:  1. the formula in a loop, one outer product and a complex exponential give the same matrix
+Proves:  1. the formula in a loop, an outer product, a complex exponential and the lab give the same matrix
          2. the wavelengths counted on the columns are 2π·10000^(2i/D): from 2π to one step short of 10000·2π
          3. one matrix R(k), made of k alone, moves every position k places on; for random vectors none does
          4. R(k) is a rotation, and shifts add up: R(j)·R(k) = R(j + k)
@@ -17,6 +17,7 @@ import math
 from itertools import product
 
 from lab.lesson import Lesson, run
+from lab.positions import sinusoids
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -95,7 +96,8 @@ def main(lesson: Lesson) -> None:
     spirals = [torch.stack([z.imag, z.real], dim=-1).flatten(1) for z in spirals]  # (T, D/2, 2) -> (T, D)
     for place, row in enumerate(ours[1][:3]):
         print(f"D = 6, position {place}   " + "  ".join(f"{number:+.4f}" for number in row))
-    lesson.proves_equal(1, [ours, ours], [loops, spirals])
+    finished = [sinusoids(*shape) for shape in SHAPES]  # float32, as a model adds them
+    lesson.proves_equal(1, [ours, ours, finished], [loops, spirals, [loop.float() for loop in loops]])
 
     lesson.heading("Wavelengths")
     counted, step = wavelengths(positions(t, 16)), BASE ** (2 / 16)
@@ -105,8 +107,8 @@ def main(lesson: Lesson) -> None:
     lesson.proves_equal(2, counted.tolist(), expected[:8], tolerance=1e-5)
 
     lesson.heading("A shift is a rotation")
-    sinusoids, random = positions(t[:2_000], 16), torch.randn(2_000, 16, generator=draw, dtype=t.dtype).to(t)
-    misses = [[misfit(matrix, k) for k in SHIFTS] for matrix in (sinusoids, random)]
+    regular, random = positions(t[:2_000], 16), torch.randn(2_000, 16, generator=draw, dtype=t.dtype).to(t)
+    misses = [[misfit(matrix, k) for k in SHIFTS] for matrix in (regular, random)]
     for name, row in zip(("sinusoids", "random vectors"), misses, strict=True):
         print(f"the best matrix for {name:14} misses by", "  ".join(f"{miss:.2f}" for miss in row))
     lesson.proves(3, max(misses[0]) < 1e-9 and min(misses[1]) > 0.9, f"k of {SHIFTS}")
