@@ -6,7 +6,7 @@
 
 The matrix is found twice. Exactly: put something else at one position of the input and compare the whole
 output with what it was, bit for bit. By gradient: ask of each output position which inputs have a derivative
-that is not zero. Where the two differ the matrix says so, and equals none that anyone expects.
+that is more than rounding. Where the two differ the matrix says so, and equals none that anyone expects.
 
 Derived in: 06_attention/01_scaled_dot_product
 """
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 NONE, SOME, DISAGREE = 0, 1, -1
 MARKS = {NONE: "·", SOME: "■", DISAGREE: "?"}
+ROUNDING = 8  # a derivative this many times smaller than rounding makes of the largest one is none
 TRIES = 2  # other contents for each position, as one of them might leave an output as it was by accident
 
 
@@ -45,11 +46,17 @@ def influence(function: Callable[..., Tensor], *inputs: Tensor, seed: int = 0) -
         changed = _by_comparison(function, inputs, before, seed)
     with torch.enable_grad():
         steep = _by_gradient(function, inputs, seed)
-    found = tuple(
-        torch.where(exact == slope, exact.long(), DISAGREE).cpu()
-        for exact, slope in zip(changed, steep, strict=True)
-    )
+    rounding = ROUNDING * torch.finfo(steep[0].dtype).eps * torch.cat(steep, dim=1).amax(1, keepdim=True)
+    found = tuple(_agreed(exact, slope, rounding).cpu() for exact, slope in zip(changed, steep, strict=True))
     return found if len(found) > 1 else found[0]
+
+
+def _agreed(changed: Tensor, slope: Tensor, rounding: Tensor) -> Tensor:
+    """SOME where the output changed and has a slope, NONE where there is neither but for rounding."""
+    found = torch.full(changed.shape, DISAGREE, device=changed.device)
+    found[changed & (slope != 0)] = SOME
+    found[~changed & (slope <= rounding)] = NONE
+    return found
 
 
 def rows(matrix: Tensor) -> list[str]:
@@ -109,7 +116,7 @@ def _another(given: Tensor, place: tuple[int, int], draw: torch.Generator) -> Te
 
 
 def _by_gradient(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], seed: int) -> list[Tensor]:
-    """Where a random mixture of one output's numbers has a derivative other than 0: (B·T, B·S) per input."""
+    """How far a random mixture of one output's numbers depends on one input's: (B·T, B·S) per input."""
     inputs = [given.detach().clone() for given in inputs]
     leaves: list[list[Tensor]] = [[] for _ in inputs]  # what stands for each input where a gradient is taken
     for given, its in zip(inputs, leaves, strict=True):
@@ -133,14 +140,12 @@ def _by_gradient(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], se
     mixed = (output * torch.randn(output.shape, generator=draw).to(output)).sum(1)  # (B·T,)
     found = []
     for given, its in zip(inputs, leaves, strict=True):
-        slopes = torch.zeros(
-            len(mixed), given.shape[0] * given.shape[1], dtype=torch.bool, device=mixed.device
-        )
+        slopes = mixed.new_zeros(len(mixed), given.shape[0] * given.shape[1])
         for t, leaf in product(range(len(mixed)), its):
             if mixed.requires_grad:
                 (slope,) = torch.autograd.grad(
                     mixed[t], leaf, retain_graph=True, allow_unused=True, materialize_grads=True
                 )
-                slopes[t] |= (_positions(slope) != 0).any(1)
+                slopes[t] = torch.maximum(slopes[t], _positions(slope).abs().amax(1))
         found.append(slopes)
     return found

@@ -28,6 +28,11 @@ class FeedForward(nn.Sequential):
     def __init__(self, C: int, hidden: int, activation: Callable[[], nn.Module] = nn.GELU) -> None:
         super().__init__(nn.Linear(C, hidden), activation(), nn.Linear(hidden, C))
 
+    def copy(self, theirs: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) -> None:
+        """Take over the weights of the feed-forward network in PyTorch's own layer."""
+        self[0].load_state_dict(theirs.linear1.state_dict())
+        self[2].load_state_dict(theirs.linear2.state_dict())
+
 
 class SwiGLU(nn.Module):
     """(silu(x W) · x V) U: 3·C·hidden weights, no bias (Shazeer 2020, eq. 6). Derived in lesson 03."""
@@ -73,6 +78,14 @@ class EncoderBlock(nn.Module):
         """x (B, T, C), mask and options as MultiHeadAttention takes them -> (B, T, C)."""
         return self.feed_forward(self.attention(x, mask, **options))
 
+    def copy(self, theirs: nn.TransformerEncoderLayer) -> "EncoderBlock":
+        """Take over the weights of PyTorch's own block."""
+        self.attention.sublayer.copy(theirs.self_attn)
+        self.feed_forward.sublayer.copy(theirs)
+        for part, norm in zip((self.attention, self.feed_forward), (theirs.norm1, theirs.norm2), strict=True):
+            part.norm.load_state_dict(norm.state_dict())
+        return self
+
 
 class DecoderBlock(nn.Module):
     """A sequence looks back at itself, then at a source; then each position alone. Derived in lesson 05."""
@@ -89,6 +102,19 @@ class DecoderBlock(nn.Module):
         x = self.attention(x, mask, causal=mask is None)
         x = self.cross_attention(x, source_mask, source=source)
         return self.feed_forward(x)
+
+    def copy(self, theirs: nn.TransformerDecoderLayer) -> "DecoderBlock":
+        """Take over the weights of PyTorch's own block."""
+        self.attention.sublayer.copy(theirs.self_attn)
+        self.cross_attention.sublayer.copy(theirs.multihead_attn)
+        self.feed_forward.sublayer.copy(theirs)
+        parts, norms = (
+            (self.attention, self.cross_attention, self.feed_forward),
+            (theirs.norm1, theirs.norm2, theirs.norm3),
+        )
+        for part, norm in zip(parts, norms, strict=True):
+            part.norm.load_state_dict(norm.state_dict())
+        return self
 
 
 class Transformer(nn.Module):
@@ -154,7 +180,7 @@ class Transformer(nn.Module):
         return self.decode(target, self.encode(source, source_mask), source_mask, mask)
 
     @torch.no_grad()
-    def write(self, source: Tensor, source_mask: Tensor | None, begin: int, end: int, mask: Tensor) -> Tensor:
+    def write(self, source: Tensor, source_mask: Tensor | None, mask: Tensor, begin: int, end: int) -> Tensor:
         """Free-running: `begin`, then always the likeliest token; after `end` only `end`. (B, S) -> (B, T).
 
         mask (T, T) is the decoder's for the longest text to be written.
