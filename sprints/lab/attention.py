@@ -73,8 +73,8 @@ class MultiHeadAttention(nn.Module):
         self, C: int, H: int, *, groups: int | None = None, source: int | None = None, bias: bool = True
     ) -> None:
         super().__init__()
-        groups, source = groups or H, source or C
-        if C % H or H % groups:
+        groups, source = H if groups is None else groups, source or C
+        if C % H or groups < 1 or H % groups:
             raise ValueError(f"{C} numbers cannot be shared by {H} heads in {groups} groups")
         self.D = C // H
         self.query = nn.Linear(C, C, bias=bias)
@@ -99,7 +99,8 @@ class MultiHeadAttention(nn.Module):
 
         mask     True means look: (T, S), for each text (B, 1, S) or (B, T, S), for each head (B, H, T, S)
         causal   no query looks past its own place, either
-        cache    cache(k, v) keeps new keys and values (B, groups, S, D) and returns all so far
+        cache    cache(k, v) keeps new keys and values (B, groups, S, D) and returns all so far; a source that is
+                 given again is kept again
         """
         source = x if source is None else source
         q, k, v = self.heads(self.query(x)), self.heads(self.key(source)), self.heads(self.value(source))
@@ -123,7 +124,13 @@ class MultiHeadAttention(nn.Module):
 
     @torch.no_grad()
     def copy(self, theirs: nn.MultiheadAttention) -> "MultiHeadAttention":
-        """Take over the weights of PyTorch's own, which keeps query, key and value in one matrix (3C, C)."""
+        """Take over the weights of PyTorch's own, which keeps query, key and value in one matrix (3C, C).
+
+        ValueError if it has another number of heads, or does what this module does not.
+        """
+        plain = theirs.in_proj_weight is not None and theirs.in_proj_bias is not None
+        if not plain or theirs.head_dim != self.D or theirs.bias_k is not None or theirs.add_zero_attn:
+            raise ValueError(f"no copy of {theirs}: as many heads, biases, and nothing beyond are needed")
         ours = self.query, self.key, self.value
         for layer, weight, bias in zip(
             ours, theirs.in_proj_weight.chunk(3), theirs.in_proj_bias.chunk(3), strict=True

@@ -17,6 +17,7 @@ from itertools import product
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 NONE, SOME, DISAGREE = 0, 1, -1
@@ -66,12 +67,14 @@ def rows(matrix: Tensor) -> list[str]:
 
 def draw(axes: Axes, matrix: Tensor, title: str = "", inputs: str = "input", outputs: str = "output") -> None:
     """A matrix (T, S) as a picture: filled where input s can change output t, orange for DISAGREE."""
-    axes.imshow(matrix, cmap=ListedColormap(["C1", "white", "C0"]), vmin=DISAGREE, vmax=SOME)
+    axes.imshow(matrix.numpy(), cmap=ListedColormap(["C1", "white", "C0"]), vmin=DISAGREE, vmax=SOME)
     T, S = matrix.shape
     axes.set_xticks([s - 0.5 for s in range(S + 1)], minor=True)
     axes.set_yticks([t - 0.5 for t in range(T + 1)], minor=True)
     axes.grid(which="minor", color="0.8", linewidth=0.5)
     axes.tick_params(which="minor", length=0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title=title, xlabel=f"{inputs} position", ylabel=f"{outputs} position")
 
 
@@ -90,7 +93,7 @@ def _by_comparison(
     function: Callable[..., Tensor], inputs: tuple[Tensor, ...], before: Tensor, seed: int
 ) -> list[Tensor]:
     """Exchange the content of one position, and see which outputs differ in any bit: (B·T, B·S) per input."""
-    draw, found = torch.Generator().manual_seed(seed), []
+    draw, found = torch.Generator("cpu").manual_seed(seed), []
     for number, given in enumerate(inputs):
         columns = []
         for b, s in product(*map(range, given.shape[:2])):  # one by one: equal shapes make for equal rounding
@@ -108,11 +111,11 @@ def _by_comparison(
 def _another(given: Tensor, place: tuple[int, int], draw: torch.Generator) -> Tensor:
     """Something else for one place: random numbers, or another token of those that occur."""
     if given.is_floating_point():
-        return torch.randn(given.shape[2:], generator=draw).to(given)
+        return torch.randn(given.shape[2:], generator=draw, device="cpu").to(given)
     others = given[given != given[place]]
     if not len(others):
         raise ValueError("all tokens are alike, so that none can be exchanged for another")
-    return others[torch.randint(len(others), (), generator=draw)]
+    return others[torch.randint(len(others), (), generator=draw, device="cpu")]
 
 
 def _by_gradient(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], seed: int) -> list[Tensor]:
@@ -136,8 +139,8 @@ def _by_gradient(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], se
         output = _positions(function(*inputs))
     finally:
         hook.remove()
-    draw = torch.Generator().manual_seed(seed)
-    mixed = (output * torch.randn(output.shape, generator=draw).to(output)).sum(1)  # (B·T,)
+    draw = torch.Generator("cpu").manual_seed(seed)
+    mixed = (output * torch.randn(output.shape, generator=draw, device="cpu").to(output)).sum(1)  # (B·T,)
     found = []
     for given, its in zip(inputs, leaves, strict=True):
         slopes = mixed.new_zeros(len(mixed), given.shape[0] * given.shape[1])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 
 class FeedForward(nn.Sequential):
-    """Each position by itself: C -> hidden -> C (Vaswani et al. 2017, eq. 2). Derived in lesson 03."""
+    """Each position by itself: C -> hidden -> C (Vaswani et al. 2017, eq. 2, with ReLU). Lesson 03."""
 
     def __init__(self, C: int, hidden: int, activation: Callable[[], nn.Module] = nn.GELU) -> None:
         super().__init__(nn.Linear(C, hidden), activation(), nn.Linear(hidden, C))
@@ -96,10 +96,19 @@ class DecoderBlock(nn.Module):
         self.feed_forward = feed_forward
 
     def forward(
-        self, x: Tensor, source: Tensor, source_mask: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        source: Tensor,
+        source_mask: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        causal: bool = True,
     ) -> Tensor:
-        """x (B, T, C), source (B, S, C) -> (B, T, C). Without a `mask` x looks back at itself: causal."""
-        x = self.attention(x, mask, causal=mask is None)
+        """x (B, T, C), source (B, S, C) -> (B, T, C).
+
+        A `mask` of x, such as that of its padding, comes on top of the causal one, unless causal=False.
+        """
+        x = self.attention(x, mask, causal=causal)
         x = self.cross_attention(x, source_mask, source=source)
         return self.feed_forward(x)
 
@@ -165,29 +174,49 @@ class Transformer(nn.Module):
         return self.encoder_norm(x)
 
     def decode(
-        self, target: Tensor, encoded: Tensor, source_mask: Tensor | None = None, mask: Tensor | None = None
+        self,
+        target: Tensor,
+        encoded: Tensor,
+        source_mask: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        causal: bool = True,
     ) -> Tensor:
         """What follows each place of the target: (B, T), (B, S, C) -> logits (B, T, V)."""
         x = self.embed(target)
         for block in self.decoder:
-            x = block(x, encoded, source_mask, mask)
+            x = block(x, encoded, source_mask, mask, causal=causal)
         return self.decoder_norm(x) @ self.embedding.weight.T
 
     def forward(
-        self, source: Tensor, target: Tensor, source_mask: Tensor | None = None, mask: Tensor | None = None
+        self,
+        source: Tensor,
+        target: Tensor,
+        source_mask: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        causal: bool = True,
     ) -> Tensor:
-        """(B, S), (B, T) -> logits (B, T, V)."""
-        return self.decode(target, self.encode(source, source_mask), source_mask, mask)
+        """(B, S), (B, T) -> logits (B, T, V). Masks as DecoderBlock takes them."""
+        return self.decode(target, self.encode(source, source_mask), source_mask, mask, causal=causal)
 
     @torch.no_grad()
-    def write(self, source: Tensor, source_mask: Tensor | None, mask: Tensor, begin: int, end: int) -> Tensor:
-        """Free-running: `begin`, then always the likeliest token; after `end` only `end`. (B, S) -> (B, T).
-
-        mask (T, T) is the decoder's for the longest text to be written.
-        """
+    def write(
+        self,
+        source: Tensor,
+        begin: int,
+        end: int,
+        T: int,
+        source_mask: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        causal: bool = True,
+    ) -> Tensor:
+        """Free-running: `begin`, then T times the likeliest token; after `end` only `end`: (B, T)."""
         encoded, written = self.encode(source, source_mask), source.new_full((len(source), 1), begin)
-        for t in range(1, len(mask) + 1):
-            logits = self.decode(written, encoded, source_mask, mask[:t, :t])[:, -1]  # (B, t, V) -> (B, V)
+        for t in range(1, T + 1):
+            so_far = None if mask is None else mask[..., :t, :t]
+            logits = self.decode(written, encoded, source_mask, so_far, causal=causal)[:, -1]  # (B, V)
             likeliest = logits.argmax(-1, keepdim=True).where(written[:, -1:] != end, end)  # (B, 1)
             written = torch.cat([written, likeliest], dim=1)
         return written[:, 1:]
