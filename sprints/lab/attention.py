@@ -99,8 +99,8 @@ class MultiHeadAttention(nn.Module):
 
         mask     True means look: (T, S), for each text (B, 1, S) or (B, T, S), for each head (B, H, T, S)
         causal   no query looks past its own place, either
-        cache    cache(k, v) keeps new keys and values (B, groups, S, D) and returns all so far; a source that is
-                 given again is kept again
+        cache    cache(k, v) keeps new keys and values (B, groups, S, D) and returns all so far; asked at
+                 every call, so that a source given twice is kept twice
         """
         source = x if source is None else source
         q, k, v = self.heads(self.query(x)), self.heads(self.key(source)), self.heads(self.value(source))
