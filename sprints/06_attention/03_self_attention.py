@@ -1,6 +1,6 @@
 """Self-attention: every place asks, every place answers, and what comes back is an average.
 
-Run:     uv run sprints/06_attention/03_self_attention.py      (12 s on two cores; 8 s with --steps 200)
+Run:     uv run sprints/06_attention/03_self_attention.py      (14 s on two cores; 10 s with --steps 200)
 Proves:  1. a loop, products and PyTorch's own agree, in the gradients of the text and all three matrices too
          2. what can change what: lower triangular with the causal mask, full without
          3. all 120 orders of five places merely reorder the output; with a mask or positions only one does
