@@ -1,7 +1,7 @@
 """The whole transformer: an encoder reads, a decoder writes. With inverted masks it only seems to learn.
 
 Run:     uv run sprints/07_transformer_block/07_encoder_decoder.py
-         (60 s on two cores; 20 s with --steps 250)
+         (57 s on two cores; 20 s with --steps 250)
 Proves:  1. the lab's model, each text alone without padding and nn.Transformer agree, gradients too
          2. trained with the right masks, it reverses over 99% of unseen words when it runs free
          3. a place sees the target up to itself, and of the source all but the padding
