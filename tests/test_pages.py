@@ -26,6 +26,10 @@ const broken = [], seen = [];
 window.onerror = message => broken.push(message);
 </script>
 <script>
+function focused(token) {  // a window that is not in front may keep the event to itself
+  token.focus();
+  if (document.activeElement === token) token.dispatchEvent(new FocusEvent("focusin", {bubbles: true}));
+}
 function shown() {
   return [...document.querySelectorAll("[data-head]")].map(head => [head.dataset.head,
     [...head.querySelectorAll(".token")].filter(token => !token.classList.contains("hidden"))
@@ -39,7 +43,7 @@ function shown() {
     const ways = {
       hover: () => strip()[place].dispatchEvent(new MouseEvent("mouseover", {bubbles: true})),
       tap: () => strip()[place].click(),
-      focus: () => { elsewhere.focus(); strip()[place].focus(); },
+      focus: () => focused(strip()[place]),
       head: () => document.querySelectorAll("[data-head] .token .weight")[place]
         .dispatchEvent(new MouseEvent("mouseover", {bubbles: true})),
     };

@@ -161,7 +161,9 @@ function point(event) {
 strip.addEventListener("keydown", event => {
   const step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
   const next = step && strip.children[Number(event.target.dataset.place) + step];
-  if (next) next.focus();
+  if (!next) return;
+  next.focus();
+  show(Number(next.dataset.place));
 });
 examples.forEach((each, number) => make("button", nav, each.name).onclick = () => open(number));
 open(0);
