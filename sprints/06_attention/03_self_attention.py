@@ -99,6 +99,9 @@ def with_gradients(output: Tensor, inputs: list[Tensor], slope: Tensor) -> list[
 
 def main(lesson: Lesson) -> None:
     torch.set_num_threads(1)  # so small that threads would only wait for each other
+    corpus = load(
+        lesson.data, lesson.seed, lesson.device
+    )  # first: a file that cannot be used ends the run here
     draw = torch.Generator().manual_seed(lesson.seed)
 
     def randn(*shape: int) -> Tensor:
@@ -181,7 +184,6 @@ def main(lesson: Lesson) -> None:
     lesson.proves_equal(5, [inside, *twice], [torch.ones_like(inside), *once])
 
     lesson.heading("One head on real text")
-    corpus = load(lesson.data, lesson.seed, lesson.device)
     V = corpus.V
     torch.manual_seed(lesson.seed)
     model = OneHead(V, 4, 3, 5).double().to(lesson.float64_device)
