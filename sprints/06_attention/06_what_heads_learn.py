@@ -242,7 +242,7 @@ def main(lesson: Lesson) -> None:
     print(f"{len(html.encode()):,} bytes, {len(examples)} texts")
     truth = [w[0] for seen in looked for w in seen.values()]  # (T, T) each
     lesson.proves_equal(7, weights_on(html), truth, tolerance=0.005)
-    lesson.save_page(html)
+    lesson.save_file(".html", html.encode())
     lesson.measured(
         ln_V=guess, one_layer=alone, two_layers=loss, unseen_lengths=new,
         without={name(head): loss for head, loss in lost.items()}, without_previous_token_heads=blind,

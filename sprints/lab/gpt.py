@@ -53,6 +53,8 @@ class GPT(nn.Module):
         x = self.dropout(self.tokens(ids) + self.places.weight[before:after])  # (B, T, C)
         for index, block in enumerate(self.blocks):
             x = block(x, causal=True, cache=cache.blocks[index] if cache else None)
+        if cache:
+            cache.length = after
         return nn.functional.linear(self.norm(x), self.tokens.weight)  # (B, T, C) @ (C, V) -> (B, T, V)
 
 

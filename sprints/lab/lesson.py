@@ -64,7 +64,8 @@ class Lesson:
     seed            for every torch.Generator
     data            the value of --data
     steps           how long to train
-    short           True if --steps asks for less than the full training
+    options         the values of the lesson's own options
+    needs           what claims about the whole training need, if this run is not it: "the full run"
     """
 
     def __init__(self, file: Path, docstring: str, options: argparse.Namespace, full_steps: int) -> None:
@@ -72,13 +73,20 @@ class Lesson:
         self.device, self.seed = _device(options.device), options.seed
         self.float64_device = torch.device("cpu") if self.device.type == "mps" else self.device
         self.data, self.steps = getattr(options, "data", None), getattr(options, "steps", 0)
-        self.short = self.steps < full_steps
+        self.options = options
+        self.needs = "the full run" if self.steps < full_steps else ""
         self.results = _writable(Path(options.results).absolute() / file.parent.name)
         self._settled: dict[int, bool] = {}  # claim -> proven (True) or left to the full run (False)
+        self.silent = False  # one of several processes, another of which prints and writes
         self._figure: Figure | None = None
-        self._page: str | None = None
+        self._files: dict[str, bytes] = {}
         self._metrics: dict[str, object] = {}
         self._headings = 0
+
+    @property
+    def short(self) -> bool:
+        """Whether claims about the whole training stay unproven in this run."""
+        return bool(self.needs)
 
     def heading(self, title: str) -> None:
         self._headings += 1
@@ -87,13 +95,14 @@ class Lesson:
     def proves(self, number: int, holds: bool, measured: str = "", *, full_run: bool = False) -> None:
         """Claim `number` holds, as `measured` shows; otherwise the run ends here with status 1.
 
-        `full_run=True` marks a claim that needs the whole training: a short run prints it as not proven.
+        `full_run=True` marks a claim that needs the whole training: a short run prints it as not proven, and
+        so does one that has set lesson.needs, as it is of another text or with other settings.
         """
         if number not in self.claims:
             raise ValueError(f"no claim {number} under Proves in the docstring of {self.file.name}")
         if full_run and self.short:
             self._settled[number] = False
-            print(f"– {number}. {self.claims[number]}   (needs the full run)")
+            print(f"– {number}. {self.claims[number]}   (needs {self.needs})")
             return
         if isinstance(holds, torch.Tensor | np.generic) and holds.ndim == 0:
             holds = holds.item()
@@ -137,22 +146,24 @@ class Lesson:
         """Keep the figure; it is written as results/<sprint>/<script>.png once every claim is proven."""
         self._figure = figure
 
-    def save_page(self, html: str) -> None:
-        """Keep a self-contained page; it is written like the figure, as results/<sprint>/<script>.html."""
-        self._page = html
+    def save_file(self, suffix: str, content: bytes) -> None:
+        """Keep another result; it is written like the figure, as results/<sprint>/<script><suffix>."""
+        self._files[suffix] = content
 
     def finish(self) -> None:
         """Every claim was settled: write what there is to write, else end with status 1."""
         if missing := sorted(self.claims.keys() - self._settled.keys()):
             _fail(f"{self.file.name}: claim {missing[0]} was never proven; nothing was written")
+        if self.silent:
+            return
         seconds = time.perf_counter() - STARTED
         print()
         if self._figure:
             image = io.BytesIO()
             self._figure.savefig(image, format="png", dpi=120, metadata={"Software": None})
             self._write(".png", image.getvalue())
-        if self._page:
-            self._write(".html", self._page.encode())
+        for suffix, content in self._files.items():
+            self._write(suffix, content)
         if self._metrics:
             record = {
                 "lesson": f"{self.file.parent.name}/{self.file.stem}",
@@ -174,8 +185,21 @@ class Lesson:
         print(f"wrote {os.path.relpath(target) if target.is_relative_to(Path.cwd()) else target}")
 
 
-def run(main: Callable[[Lesson], None], *, data: str | None = None, steps: int = 0) -> None:
-    """Run a lesson from its command line. `data`: a key of DATA_HELP; `steps`: the length of its training."""
+def run(
+    main: Callable[[Lesson], None],
+    *,
+    data: str | None = None,
+    steps: int = 0,
+    options: dict[str, dict] | None = None,
+) -> None:
+    """Run a lesson from its command line.
+
+    data     a key of DATA_HELP, if it reads --data
+    steps    the length of its training, if it has one
+    options  its own options, as argparse takes them: {"--width": {"type": …, "default": 128, "help": …}}
+
+    Under torchrun only the process of rank 0 prints and writes results.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the imports are over; see lab/__init__.py
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8")  # a Windows console or pipe may be cp1252
@@ -186,19 +210,24 @@ def run(main: Callable[[Lesson], None], *, data: str | None = None, steps: int =
     file, docstring = Path(main.__globals__["__file__"]).resolve(), main.__globals__["__doc__"]
     parser = _Parser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def option(name: str, meaning: str = "", **settings: object) -> None:
-        default = "(default: %(default)s)" if "default" in settings else ""
-        parser.add_argument(name, help=f"{meaning} {default}".strip(), **settings)
+    def option(name: str, help: str = "", **settings: object) -> None:
+        default = "(default: %(default)s)" if settings.get("default") is not None else ""
+        parser.add_argument(name, help=f"{help} {default}".strip(), **settings)
 
     option("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    option("--seed", default=0, metavar="N", type=_whole_number(0))
+    option("--seed", default=0, metavar="N", type=whole_number(0))
     option("--results", "folder for figures", default=str(file.parents[2] / "results"), metavar="DIR")
     if data:
         defaults = {"default": "stories"} if data == "stories" else {}
         option("--data", DATA_HELP[data], metavar="PATH", **defaults)
     if steps:
-        option("--steps", "training steps", default=steps, metavar="N", type=_whole_number(1))
+        option("--steps", "training steps", default=steps, metavar="N", type=whole_number(1))
+    for name, settings in (options or {}).items():
+        option(name, **settings)
     lesson = Lesson(file, docstring, parser.parse_args(), steps)
+    if int(os.environ.get("RANK", 0)):  # torchrun has started several processes, and this is not the first
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        lesson.silent = True
 
     torch.manual_seed(lesson.seed)
     print(f"{file.stem} on {lesson.device.type}, seed {lesson.seed}")
@@ -236,7 +265,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def _whole_number(least: int) -> Callable[[str], int]:
+def whole_number(least: int) -> Callable[[str], int]:
+    """The type of an option, for argparse: a whole number, not below `least`."""
+
     def parse(text: str) -> int:
         if not (text.isascii() and text.isdecimal() and least <= int(text) < 2**32):
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to 2³² - 1")

@@ -14,7 +14,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 from lab import BadInput
@@ -69,8 +69,10 @@ class Tokenizer:
     # ── Learning ──────────────────────────────────────────────────────────────────────────────────────────
 
     @classmethod
-    def learn(cls, text: str, V: int, special: Iterable[str] = (END,)) -> "Tokenizer":
+    def learn(cls, text: str | Iterable[str], V: int, special: Iterable[str] = (END,)) -> "Tokenizer":
         """V tokens: 256 bytes, what the pairs that occur most often merge into, and the special ones.
+
+        The text may come in documents, which no word crosses.
 
         Of pairs that occur equally often the first in the text is merged (as in minbpe). There are fewer
         tokens where the text has no more pairs. ValueError if V has no room for the bytes.
@@ -79,7 +81,8 @@ class Tokenizer:
         if len(special) + 256 > V:
             raise ValueError(f"{V} tokens are too few: 256 bytes and {len(special)} special ones are needed")
         tokens = [bytes([byte]) for byte in range(256)]
-        merges = _learn(Counter(split(text)), tokens, V - len(special))
+        documents = [text] if isinstance(text, str) else text
+        merges = _learn(Counter(chain.from_iterable(map(split, documents))), tokens, V - len(special))
         numbers = {name: len(tokens) + i for i, name in enumerate(special)}
         return cls(tokens + [name.encode() for name in special], merges, numbers)
 
