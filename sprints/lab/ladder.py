@@ -90,13 +90,20 @@ def is_rung(thing: object) -> bool:
 
 def rung(name: str, model: LanguageModel, corpus: Corpus, parameters: int, seconds: float, seed: int) -> Rung:
     """What goes into the lesson's JSON; `seconds` is what its training took."""
-    told = tell(model, corpus, TOLD, seed)
+    nats, told = nats_per_character(model, corpus), tell(model, corpus, TOLD, seed)
+    return rung_of(name, corpus.name, corpus.floor, nats, told, parameters, seconds)
+
+
+def rung_of(
+    name: str, corpus: str, floor: float | None, nats: float, told: list[str], parameters: int, seconds: float
+) -> Rung:
+    """The same for a model that has been asked already: nats per held-out character, and stories it told."""
     faultless = [len(text) if (at := first_mistake(text)) is None else at for text in told]
     return {
         "name": name,
-        "corpus": corpus.name,
-        "floor": corpus.floor,
-        "nats_per_character": nats_per_character(model, corpus),
+        "corpus": corpus,
+        "floor": floor,
+        "nats_per_character": nats,
         "flawless": flawless(told),
         "faultless_characters": sum(faultless) / len(told),
         "sample": told[0],

@@ -8,8 +8,10 @@
 Derived in: 09_training_pipeline/01_token_stream
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from lab import BadInput, stories
@@ -117,21 +119,65 @@ class Stream:
 
     def batch(self, first: int, B: int) -> tuple[Tensor, Tensor]:
         """Windows number first … first + B - 1, and their targets: (B, T), (B, T)."""
-        rounds = ((k // self.per_round, k % self.per_round) for k in range(first, first + B))
-        starts = np.array([self.starts(round_)[place] for round_, place in rounds])
-        places = (starts[:, None] + np.arange(self.T + 1)) % len(self.tokens)  # (B, T + 1)
-        ids = torch.from_numpy(self.tokens[places].astype(np.int64))
+        rounds, numbers = np.divmod(np.arange(first, first + B), self.per_round)
+        starts = [self.starts(round_)[numbers[rounds == round_]] for round_ in np.unique(rounds).tolist()]
+        places = np.concatenate(starts)[:, None] + np.arange(self.T + 1)  # (B, 1), (T + 1,) -> (B, T + 1)
+        ids = torch.from_numpy(self.tokens[places % len(self.tokens)].astype(np.int64))
         return ids[:, :-1], ids[:, 1:]
 
 
-@torch.no_grad()
+class Pieces:
+    """The documents of a stream in pieces of at most T tokens, in another order each round; piece k is fixed.
+
+    A document is read from its beginning and no piece holds parts of two. One that is longer than T is cut;
+    its first cut is drawn for each round. In a round each token is a target exactly once, and the whole
+    position of a training in its data is one number, k.
+    """
+
+    def __init__(self, tokens: np.ndarray, end: int, T: int, seed: int) -> None:
+        self.tokens, self.T, self.seed = tokens, T, seed
+        ends = np.flatnonzero(tokens == end) + 1  # the last token of a document is the END behind it
+        self.documents = list(pairwise([0, *ends.tolist()]))
+        self._rounds = [0]  # the number of the first piece of each round
+        self._round, self._pieces = -1, np.empty((0, 2), dtype=np.int64)
+
+    def round(self, number: int) -> np.ndarray:
+        """The pieces of a round, in their order, as places of their targets: (N, 2), from and up to."""
+        if number != self._round:
+            draw, pieces = np.random.default_rng([self.seed, number]), []
+            for start, end in self.documents:
+                first = start + int(draw.integers(1, self.T + 1)) if end - start > self.T else end
+                pieces += pairwise([start, *range(first, end, self.T), end])
+            self._round, self._pieces = number, draw.permutation(np.array(pieces))
+        return self._pieces
+
+    def batch(self, first: int, B: int) -> tuple[Tensor, Tensor]:
+        """Pieces number first … first + B - 1, and their targets: (B, T') both, T' that of the longest.
+
+        Targets are -100, which F.cross_entropy leaves out, where a piece is over.
+        """
+        while self._rounds[-1] <= first + B:
+            self._rounds.append(self._rounds[-1] + len(self.round(len(self._rounds) - 1)))
+        chosen = []
+        for k in range(first, first + B):
+            number = bisect_right(self._rounds, k) - 1
+            chosen.append(self.round(number)[k - self._rounds[number]])
+        starts, ends = np.array(chosen).T[..., None]  # (B, 1) each
+        places = starts + np.arange((ends - starts).max())  # (B, T')
+        targets = np.where(places < ends, self.tokens[np.minimum(places, ends - 1)].astype(np.int64), -100)
+        inputs = self.tokens[np.minimum(places, ends - 1) - 1].astype(
+            np.int64
+        )  # before the first: the last END
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
 def evaluate(model: Callable[[Tensor], Tensor], text: TokenText, T: int, B: int = 32) -> float:
     """The nats of all held-out documents together, each from its beginning, in windows of at most T tokens.
 
     A document of more than T tokens is cut, and each window knows only what is in it. Divide by
     text.characters, or by text.bytes · ln 2 for bits per byte.
     """
-    return float(losses(model, text.held_out, T, B).sum())
+    return losses(model, text.held_out, T, B).double().sum().item()
 
 
 @torch.no_grad()
@@ -142,12 +188,11 @@ def losses(model: Callable[[Tensor], Tensor], documents: Iterable[Tensor], T: in
         for document in documents
         for i in range(0, len(document) - 1, T)
     ]
-    found = []
+    found, device = [], next(model.parameters()).device
     for start in range(0, len(pieces), B):
         inputs, targets = zip(*pieces[start : start + B], strict=True)
         inputs = pad_sequence(inputs, batch_first=True)  # (B, T), what is padded counts for nothing
         targets = pad_sequence(targets, batch_first=True, padding_value=-1)  # (B, T)
-        device = next(model.parameters()).device
         logits = model(inputs.to(device)).float()  # (B, T, V)
         nats = F.cross_entropy(logits.mT, targets.to(device), reduction="none", ignore_index=-1)  # (B, T)
         found.append(nats.cpu()[targets >= 0])

@@ -9,22 +9,32 @@
 Derived in: 09_training_pipeline/02_train_gpt
 """
 
+import copy
+import importlib
 import math
+import multiprocessing
 import os
+import signal
+import socket
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from hashlib import sha256
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from lab import BadInput, checkpoint
+from lab.generation import Sampler, generate
 from lab.gpt import GPT
 from lab.stream import Stream
-from lab.tokenizer import Tokenizer
+from lab.tokenizer import END, Tokenizer
 
 import torch
 import torch.nn.functional as F
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -68,98 +78,204 @@ def adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
 
 
 class Training:
-    """A model, its optimiser, its place in the stream: all that the next step depends on."""
+    """A model, its optimiser, its place in the stream: all that the next step depends on.
 
-    def __init__(self, model: GPT, stream: Stream, settings: Settings, device: torch.device) -> None:
+    spread    how several processes share the work: DistributedDataParallel, or what lesson 07 puts there
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        stream: Stream,
+        settings: Settings,
+        device: torch.device,
+        spread: Callable[[GPT], nn.Module] = DistributedDataParallel,
+    ) -> None:
         self.settings, self.stream, self.device = settings, stream, device
         self.rank, self.world = place()
         if settings.B % (self.world * settings.accumulate):
             shares = f"{self.world} processes × {settings.accumulate} parts"
             raise BadInput(f"{settings.B} windows cannot be shared by {shares}")
         self.model = model.to(device).train()
+        self.net = spread(self.model) if self.world > 1 else self.model
         self.optimizer = adamw(self.model, settings)
-        self.net = DistributedDataParallel(self.model) if self.world > 1 else self.model
+        self.random = torch.Generator().manual_seed(stream.seed)  # for dropout, see _step
         self.losses: list[float] = []  # of each step
         self.seconds = 0.0
 
     @property
-    def tokens(self) -> int:
-        """How many the training has seen."""
-        return len(self.losses) * self.settings.B * self.stream.T
+    def done(self) -> int:
+        """Steps."""
+        return len(self.losses)
 
     def run(self) -> Iterator[float]:
         """The steps that are left: the mean loss of each."""
-        for step in range(len(self.losses), self.settings.steps):
+        for step in range(self.done, self.settings.steps):
             start = time.perf_counter()
             self.losses.append(self._step(step))
             self.seconds += time.perf_counter() - start
             yield self.losses[-1]
 
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return learning_rate(step, self.settings.steps, self.settings.rate, self.settings.warmup)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, int]:
+        """This process's share of the windows of a step, and their targets: (B / processes, T) both.
+
+        And how many targets all processes have together, as windows are not all equally long.
+        """
+        inputs, targets = self.stream.batch(step * self.settings.B, self.settings.B)
+        mine, count = slice(self.rank, None, self.world), int((targets >= 0).sum())
+        return inputs[mine].to(self.device), targets[mine].to(self.device), count
+
     def _step(self, step: int) -> float:
         s = self.settings
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, s.steps, s.rate, s.warmup)
-        inputs, targets = (
-            part[self.rank :: self.world].to(self.device) for part in self.stream.batch(step * s.B, s.B)
-        )
-        total = torch.zeros((), device=self.device)
+            group["lr"] = self.rate(step)
+        inputs, targets, count = self.batch(step)
+        # Each step and process has random numbers of its own, whatever else draws some between the steps.
+        torch.manual_seed(torch.randint(2**62, (), generator=self.random).item() + self.rank)
+        total = 0.0
         for part, wanted in zip(inputs.chunk(s.accumulate), targets.chunk(s.accumulate), strict=True):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=s.precision == "bfloat16"):
                 logits = self.net(part)  # (B / parts, T, V)
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten()) / s.accumulate
-            loss.backward()
-            total += loss.detach()
+                nats = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")  # in float32
+            (nats * self.world / count).backward()  # the mean over all targets; processes are averaged
+            total = total + nats.detach() / count
         nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.world > 1:
             distributed.all_reduce(total)
-        return total.item() / self.world
+        return total.item()
 
     def state(self) -> dict:
-        """Plain data and tensors: everything that restore() needs."""
-        return {
+        """Plain data and tensors, copied: everything that restore() needs."""
+        state = {
             "model": self.model.state_dict(),
             "architecture": self.model.settings,
             "optimizer": self.optimizer.state_dict(),
             "settings": asdict(self.settings),
+            "text": self._text(),
             "losses": self.losses,
             "seconds": self.seconds,
-            "random": [home.get_rng_state() for home in self._homes()],
+            "random": self.random.get_state(),
         }
+        return copy.deepcopy(state)
 
     def restore(self, state: dict) -> None:
         """Go on from there. BadInput if it is the state of another training."""
         if state["settings"] != asdict(self.settings) or state["architecture"] != self.model.settings:
             raise BadInput("the checkpoint is of a training with other settings")
+        if state["text"] != self._text():
+            raise BadInput("the checkpoint is of a training on another text, or with another seed")
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # which would take it as its own
         self.losses, self.seconds = list(state["losses"]), state["seconds"]
-        for home, there in zip(self._homes(), state["random"], strict=True):
-            home.set_rng_state(there)
+        self.random.set_state(state["random"])
 
-    def _homes(self) -> list:
-        """Where dropout draws from: the CPU's generator and the accelerator's."""
-        return [torch] if self.device.type == "cpu" else [torch, torch.get_device_module(self.device)]
+    def _text(self) -> list:
+        """What tells the stream from others."""
+        return [self.stream.T, self.stream.seed, sha256(self.stream.tokens).hexdigest()]
+
+
+# ── Precision, and stopping ───────────────────────────────────────────────────────────────────────────────
+
+
+def fast_precision(device: torch.device) -> str:
+    """ "bfloat16" where products of bfloat16 take at most half the time of float32 ones, else "float32"."""
+    a, b = torch.ones(2048, 256, device=device), torch.ones(256, 1024, device=device)
+
+    def seconds(dtype: torch.dtype) -> float:
+        x, y, times = a.to(dtype), b.to(dtype), []
+        for _ in range(10):
+            start = time.perf_counter()
+            (x @ y)[0, 0].item()  # .item() waits for an accelerator
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return "bfloat16" if seconds(torch.bfloat16) <= 0.5 * seconds(torch.float32) else "float32"
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C does not break off a step; the function that is given says whether it was pressed meanwhile.
+
+    In several processes they agree, so that all of them stop after the same step.
+    """
+    pressed = torch.zeros(1)
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.fill_(1))
+
+    def stop() -> bool:
+        if place()[1] > 1:
+            everyone = pressed.to("cuda" if distributed.get_backend() == "nccl" else "cpu")
+            distributed.all_reduce(everyone, distributed.ReduceOp.MAX)
+            pressed.copy_(everyone)
+        return bool(pressed)
+
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ── Several processes ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextmanager
-def processes(device: torch.device) -> Iterator[torch.device]:
-    """Under torchrun, join the other processes and get a device of one's own; else nothing changes."""
+def processes(device: torch.device, store: "distributed.Store | None" = None) -> Iterator[torch.device]:
+    """Under torchrun, join the other processes and get a device of one's own; else nothing changes.
+
+    torchrun says in five environment variables who one is: RANK and LOCAL_RANK, of WORLD_SIZE, to meet at
+    MASTER_ADDR and MASTER_PORT, instead of which a store can be given. BadInput if it cannot be.
+    """
     if "LOCAL_RANK" not in os.environ:
         yield device
         return
+    backend, local = "nccl" if device.type == "cuda" else "gloo", int(os.environ["LOCAL_RANK"])
+    if not distributed.is_available() or not distributed.is_backend_available(backend):
+        raise BadInput(f"several processes need PyTorch with {backend}, which this one is built without")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if local >= (count := torch.cuda.device_count()):
+            raise BadInput(f"process {local + 1} of this machine has no GPU of its own, there are {count}")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    elif os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # all on this machine
+        for _, name in socket.if_nameindex():  # where there is no network, or no address for the host's name
+            if name in ("lo", "lo0"):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
         yield device
     finally:
         distributed.destroy_process_group()
+
+
+@contextmanager
+def workers(work: Callable, arguments: Sequence[tuple]) -> Iterator[list[tuple[BaseProcess, Connection]]]:
+    """Processes that do work(pipe, *arguments), with our ends of their pipes; they end when we do.
+
+    `work` should take an EOFError or ConnectionError of its pipe as the word that we are gone.
+    """
+    linux = sys.platform == "linux"  # where they can be copies of one that has imported all they need
+    context = multiprocessing.get_context("forkserver" if linux else "spawn")
+    pairs, started = [context.Pipe() for _ in arguments], []
+    with ExitStack() as ends:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # passed on: Ctrl-C is for us to answer
+        ends.callback(signal.signal, signal.SIGINT, before)
+        if linux:
+            importlib.import_module("multiprocessing.forkserver").ensure_running()
+            signal.signal(signal.SIGINT, before)  # already, as it takes seconds until the first one is there
+        for (ours, theirs), values in zip(pairs, arguments, strict=True):
+            process = context.Process(target=work, args=(theirs, *values))
+            process.start()
+            ends.callback(process.join), ends.callback(process.kill)
+            theirs.close()
+            started.append((process, ours))
+        signal.signal(signal.SIGINT, before)
+        yield started
 
 
 def place() -> tuple[int, int]:
@@ -172,18 +288,16 @@ def place() -> tuple[int, int]:
 # ── Trained models ────────────────────────────────────────────────────────────────────────────────────────
 
 
+def keep(tokenizer: Tokenizer) -> dict:
+    """A tokenizer as plain data."""
+    return {"tokens": tokenizer.tokens, "merges": tokenizer.merges, "special": tokenizer.special}
+
+
 def save_model(model: GPT, tokenizer: Tokenizer, facts: dict) -> bytes:
     """A trained model with its tokenizer and what was measured of it, as the content of one file."""
-    return checkpoint.pack(
-        {
-            "architecture": model.settings,
-            "model": {name: weight.cpu() for name, weight in model.state_dict().items()},
-            "tokens": tokenizer.tokens,
-            "merges": tokenizer.merges,
-            "special": tokenizer.special,
-            "facts": facts,
-        }
-    )
+    weights = {name: weight.cpu() for name, weight in model.state_dict().items()}
+    state = {"architecture": model.settings, "model": weights, "facts": facts}
+    return checkpoint.pack(state | keep(tokenizer))
 
 
 def load_model(file: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
@@ -196,3 +310,15 @@ def load_model(file: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise BadInput(f"{file} does not hold a GPT ({' '.join(str(error).split())[:80]})") from error
     return model.to(device).eval(), tokenizer, state.get("facts", {})
+
+
+def tell(model: GPT, tokenizer: Tokenizer, count: int, seed: int, beginning: str = "") -> list[str]:
+    """Texts drawn from the model at temperature 1, each from its beginning to its end or a full context.
+
+    How tokens are drawn, and nothing is computed twice, is the subject of sprint 10.
+    """
+    end = tokenizer.special[END]
+    prompt = [end, *tokenizer.encode(beginning)]
+    pick, most = Sampler(torch.Generator().manual_seed(seed)), model.settings["T"] - len(prompt)
+    written = generate(model, [prompt] * count, pick, most, end)
+    return [beginning + tokenizer.decode([token for token in tokens if token != end]) for tokens in written]
