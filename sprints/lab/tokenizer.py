@@ -12,7 +12,7 @@ import heapq
 import json
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from itertools import chain, pairwise
 from pathlib import Path
@@ -22,6 +22,7 @@ from lab.lesson import read_text, write_whole
 
 CONTROLS = "\x1c\x1d\x1e\x1f"
 END = "<|endoftext|>"  # GPT-2's only special token: it stands between documents
+NONE = -1  # where no token begins
 Pair = tuple[int, int]
 
 
@@ -75,7 +76,8 @@ class Tokenizer:
         The text may come in documents, which no word crosses.
 
         Of pairs that occur equally often the first in the text is merged (as in minbpe). There are fewer
-        tokens where the text has no more pairs. ValueError if V has no room for the bytes.
+        tokens where the text has no more pairs. ValueError if V has no room for the bytes, if the text has no
+        UTF-8 (half a surrogate), or if a special token's name would be written like another token.
         """
         special = list(special)
         if len(special) + 256 > V:
@@ -83,6 +85,8 @@ class Tokenizer:
         tokens = [bytes([byte]) for byte in range(256)]
         documents = [text] if isinstance(text, str) else text
         merges = _learn(Counter(chain.from_iterable(map(split, documents))), tokens, V - len(special))
+        if taken := set(special) & set(map(_printable, tokens)):
+            raise ValueError(f"{sorted(taken)}: special tokens that the files could not tell from others")
         numbers = {name: len(tokens) + i for i, name in enumerate(special)}
         return cls(tokens + [name.encode() for name in special], merges, numbers)
 
@@ -124,9 +128,9 @@ class Tokenizer:
         while heap:
             merge, i = heapq.heappop(heap)
             j = after[i]
-            if j == n or ids[i] < 0 or (ids[i], ids[j]) != self.merges[merge]:
+            if j == n or (ids[i], ids[j]) != self.merges[merge]:
                 continue  # one of the two has become part of another token since
-            ids[i], ids[j] = self._made[merge], -1
+            ids[i], ids[j] = self._made[merge], NONE
             after[i] = k = after[j]
             if k < n:
                 before[k] = i
@@ -134,7 +138,7 @@ class Tokenizer:
                     heapq.heappush(heap, (new, i))
             if (h := before[i]) >= 0 and (new := rank.get((ids[h], ids[i]))) is not None:
                 heapq.heappush(heap, (new, h))
-        return tuple([number for number in ids if number >= 0])
+        return tuple([number for number in ids if number != NONE])
 
     # ── Files ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -145,7 +149,7 @@ class Tokenizer:
             names[number] = name
         vocabulary = {name: number for number, name in enumerate(names)}
         merges = ["#version: 0.2", *(f"{names[a]} {names[b]}" for a, b in self.merges)]
-        write_whole(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False).encode())
+        write_whole(folder / "vocab.json", json.dumps(vocabulary).encode())
         write_whole(folder / "merges.txt", ("\n".join(merges) + "\n").encode())
 
     @classmethod
@@ -154,23 +158,25 @@ class Tokenizer:
         vocab, merges = folder / "vocab.json", folder / "merges.txt"
         try:
             number = json.loads(read_text(vocab))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{vocab} is not JSON ({error})") from error
-        if not isinstance(number, dict) or sorted(map(str, number.values())) != sorted(
-            map(str, range(len(number)))
-        ):
+        numbers = list(number.values()) if isinstance(number, dict) else [None]
+        if any(type(n) is not int for n in numbers) or sorted(numbers) != list(range(len(numbers))):
             raise BadInput(f"{vocab} does not number its tokens 0, 1, 2 …")
         lines = read_text(merges).removesuffix("\n").split("\n")
         pairs = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version") :]]
         plain = set(PRINTABLE.values()) | {"".join(pair) for pair in pairs}
         for pair in pairs:
-            if len(pair) != 2 or not plain.issuperset(pair):
+            if len(pair) != 2 or "" in pair or not plain.issuperset(pair):
                 raise BadInput(f"{merges}: {' '.join(pair)!r} is no pair of tokens")
         if missing := plain - number.keys():
             raise BadInput(f"{vocab} lacks {len(missing)} of the tokens that {merges.name} makes")
         byte = {printable: bytes([value]) for value, printable in PRINTABLE.items()}
         names = sorted(number, key=number.__getitem__)
-        tokens = [b"".join(byte[c] for c in name) if name in plain else name.encode() for name in names]
+        tokens = [
+            b"".join(byte[c] for c in name) if name in plain else name.encode(errors="surrogatepass")
+            for name in names
+        ]
         special = {name: number[name] for name in names if name not in plain}
         return cls(tokens, [(number[a], number[b]) for a, b in pairs], special)
 
@@ -203,74 +209,65 @@ class _Words(dict):
 def _learn(words: Counter, tokens: list[bytes], V: int) -> list[Pair]:
     """Append merged tokens until there are V; return the merges.
 
-    The trick is to do only what changes: each different word is kept once, with how often it occurs; `where`
-    says which words hold a pair; a heap knows the best pair. A pair's count only falls once it is in the
-    heap, so that an entry that is out of date is found when it comes up, put right, and put back.
+    The trick is to do only what changes. The different words stand one after the other, each once, with how
+    often it occurs. `where` says at which places a pair begins, so that a merge visits no others; a heap
+    knows the best pair. Once in the heap, a pair can only lose places, so that an entry that is out of date
+    is found when it comes up, put right, and put back.
     """
-    parts, times = [list(word.encode(errors="surrogateescape")) for word in words], list(words.values())
+    ids: list[int] = []  # the token that begins at each place; NONE inside a token, and behind each word
+    times: list[int] = []  # how often the word of each place occurs
+    for word, often in words.items():
+        ids += *word.encode(), NONE
+        times += [often] * (len(ids) - len(times))
+    after, before = list(range(1, len(ids) + 1)), list(range(-1, len(ids) - 1))  # places of the neighbours
     count: dict[Pair, int] = defaultdict(int)
-    where: dict[Pair, list[int]] = defaultdict(list)
+    where: dict[Pair, deque[int]] = defaultdict(deque)  # ascending; places that a pair has lost stay in it
+    found: set[Pair] = set()  # pairs that are not in the heap yet
 
-    def add(pair: Pair, w: int) -> None:
-        count[pair] += times[w]
-        if where[pair][-1:] != [w]:
-            where[pair].append(w)
+    def add(left: int, right: int, place: int) -> None:
+        count[left, right] += times[place]
+        where[left, right].append(place)
+        found.add((left, right))
 
-    for w, ids in enumerate(parts):
-        for pair in pairwise(ids):
-            add(pair, w)
-
-    def entry(pair: Pair) -> tuple:
+    def entry(pair: Pair) -> tuple[int, int, Pair]:
         """The heap's smallest is the pair that occurs most often, and of several the first in the text."""
-        a, b = pair
-        for w in where[pair]:  # ascending; words that have lost the pair are skipped
-            ids = parts[w]
-            for i in range(len(ids) - 1):
-                if ids[i] == a and ids[i + 1] == b:
-                    return -count[pair], w, sum(len(tokens[j]) for j in ids[:i]), pair
-        return 0, 0, 0, pair
+        (a, b), places = pair, where[pair]
+        while ids[places[0]] != a or ids[after[places[0]]] != b:
+            places.popleft()
+        return -count[pair], places[0], pair
 
-    heap, merges = [entry(pair) for pair in count], []
+    for place, (left, right) in enumerate(pairwise(ids)):
+        if left != NONE != right:
+            add(left, right, place)
+    heap, merges = [entry(pair) for pair in found], []
     heapq.heapify(heap)
-    number = {token: i for i, token in enumerate(tokens)}
     while heap and len(tokens) < V:
-        best = heap[0]
-        pair = best[-1]
-        if (now := entry(pair)) != best:
-            if now[0]:
-                heapq.heapreplace(heap, now)
-            else:
-                heapq.heappop(heap)
-            continue
-        heapq.heappop(heap)
-        merges.append(pair)
-        a, b = pair
-        new = number.setdefault(tokens[a] + tokens[b], len(tokens))
-        if new == len(tokens):
+        pair = heap[0][-1]
+        if not count[pair]:
+            heapq.heappop(heap)
+        elif (now := entry(pair)) != heap[0]:
+            heapq.heapreplace(heap, now)
+        else:
+            heapq.heappop(heap)
+            (a, b), new = pair, len(tokens)
+            found.clear()
+            merges.append(pair)
             tokens.append(tokens[a] + tokens[b])
-        changed = set()
-        for w in where.pop(pair):
-            ids, joined, i = parts[w], [], 0
-            while i < len(ids):
-                if ids[i] != a or ids[i + 1 : i + 2] != [b]:
-                    joined.append(ids[i])
-                    i += 1
+            for i in where.pop(pair):
+                j = after[i]
+                if ids[i] != a or ids[j] != b:
                     continue
-                if joined:
-                    left = joined[-1]
-                    count[left, a] -= times[w]
-                    add((left, new), w)
-                    changed.add((left, new))
-                if i + 2 < len(ids):
-                    right = ids[i + 2]
-                    count[b, right] -= times[w]
-                    add((new, right), w)
-                    changed.add((new, right))
-                joined.append(new)
-                i += 2
-            parts[w] = joined
-        del count[pair]
-        for pair in changed:
-            if count[pair]:
-                heapq.heappush(heap, entry(pair))
+                h, k = before[i], after[j]
+                ids[i], ids[j] = new, NONE
+                after[i], before[k] = k, i
+                if (left := ids[h]) != NONE:
+                    count[left, a] -= times[i]
+                    add(left, new, h)
+                if (right := ids[k]) != NONE:
+                    count[b, right] -= times[i]
+                    add(new, right, i)
+            del count[pair]
+            for pair in found:
+                if count[pair]:
+                    heapq.heappush(heap, entry(pair))
     return merges
