@@ -86,6 +86,11 @@ class Script:
         return re.findall(r"--steps \d+", self.fields.get("Run", ""))
 
     @property
+    def seconds(self) -> int:
+        """What the whole run takes, as its Run line says."""
+        return int(re.search(r"\([^)]*?(\d+) s", self.fields["Run"])[1])
+
+    @property
     def imports(self) -> set[str]:
         """The modules that the lesson imports, and what it imports from them: "lab", "lab.corpus"."""
         found = set()
@@ -339,6 +344,10 @@ def damaged(script: Script, damage: dict, scratch: Path) -> Script:
     copy = Script(scratch / "course" / script.path.relative_to(script.root))
     copy.path.parent.mkdir(parents=True)
     shutil.copy(script.path, copy.path)
+    trained = script.root / "results" / "09_training_pipeline" / "02_train_gpt.model"
+    if trained.name in script.source:  # the story model, from which a lesson starts
+        (copy.root / trained.parent.relative_to(script.root)).mkdir(parents=True)
+        shutil.copy(trained, copy.root / trained.relative_to(script.root))
     if "lab" in damage:
         shutil.copytree(script.root / "sprints" / "lab", copy.root / "sprints" / "lab")
     text = _where(script, damage).read_text(encoding="utf-8").replace(damage["old"], damage["new"])

@@ -6,6 +6,7 @@ Proves:  1. a write that breaks off leaves the last checkpoint as it was; writte
          3. files that are no checkpoint, or that of another run, are refused, each in one line
          4. the newest good checkpoint is used, and the bad ones stay as they are
          5. a pickle that would run code is refused before any of it runs
+         6. the finished form, lab.checkpoint, packs the same bytes and refuses every one of these files
 Shapes:  F features, C classes
 Note:    notes/08b_checkpoint_files.md
 """
@@ -19,14 +20,14 @@ from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 
-from lab import BadInput
+from lab import BadInput, checkpoint
 from lab.lesson import Lesson, run
 
 import torch
 from torch import nn
 
 F, C = 20, 10
-HEADER, MARK = struct.Struct(">8sQ32s"), b"lesson08"  # a mark, then the length and the SHA-256 of the content
+HEADER, MARK = struct.Struct(">8sQ32s"), b"tensors1"  # a mark, then the length and the SHA-256 of the content
 
 
 def pack(state: object) -> bytes:
@@ -40,7 +41,7 @@ def pack(state: object) -> bytes:
 def unpack(file: bytes, config: dict) -> dict:
     """The state in a checkpoint. BadInput if it is not whole, not plain data, or not of this run."""
     if len(file) < HEADER.size or not file.startswith(MARK):
-        raise BadInput("is no checkpoint of this lesson")
+        raise BadInput("is no checkpoint of this course")
     (_, length, checksum), content = HEADER.unpack(file[: HEADER.size]), file[HEADER.size :]
     if len(content) != length:
         raise BadInput(f"is not whole: {len(content):,} bytes of {length:,}")
@@ -101,6 +102,16 @@ def refusal(file: bytes, config: dict) -> str:
     return ""
 
 
+def lab_refusal(content: bytes, file: Path) -> str:
+    """Why lab.checkpoint refuses these bytes in a file; nothing if it takes them."""
+    file.write_bytes(content)
+    try:
+        checkpoint.load(file, needs=("config", "step", "model"))
+    except BadInput as fault:
+        return str(fault).removeprefix(f"{file} ")
+    return ""
+
+
 class Trap:
     """Is pickled as a call of os.mkdir, which unpickling then makes."""
 
@@ -114,7 +125,8 @@ class Trap:
 def main(lesson: Lesson) -> None:
     torch.manual_seed(lesson.seed)
     config, model = {"seed": lesson.seed, "features": F}, nn.Linear(F, C).to(lesson.device)
-    old, new = (pack({"config": config, "step": step, "model": model.state_dict()}) for step in (100, 200))
+    states = [{"config": config, "step": step, "model": model.state_dict()} for step in (100, 200)]
+    old, new = map(pack, states)
 
     lesson.heading("A write that breaks off")
     with tempfile.TemporaryDirectory() as folder:
@@ -174,6 +186,18 @@ def main(lesson: Lesson) -> None:
             print(f"{trap.name:18}   folder made: {trap.exists()}")
         print(f"the file {answer}")
     lesson.proves(5, made == [True, False] and bool(answer), "and by plain pickle it runs")
+
+    lesson.heading("The finished form, lab.checkpoint")
+    with tempfile.TemporaryDirectory() as name:
+        file, trap = Path(name, "last.ckpt"), Path(name, "trap")
+        malicious = pack({"config": config, "step": 0, "model": Trap(trap)})
+        bad = [*flips, *cuts, *foreign.values(), malicious]
+        refused = sum(bool(lab_refusal(content, file)) for content in bad)
+        print(f"the malicious file {lab_refusal(malicious, file)}; folder made: {trap.exists()}")
+        checkpoint.save(file, states[1])
+        same = file.read_bytes() == new
+    held = same and refused == len(bad) and not trap.exists()
+    lesson.proves(6, held, f"{refused:,} of {len(bad):,} files")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,15 @@
 Derived in: 03_models_and_training_loops/08b_checkpoint_files
 """
 
+import contextlib
 import io
+import os
 import struct
+import warnings
 from hashlib import sha256
 from pathlib import Path
 
 from lab import BadInput
-from lab.lesson import write_whole
 
 import torch
 
@@ -28,8 +30,22 @@ def pack(state: dict) -> bytes:
 
 
 def save(file: Path, state: dict) -> None:
-    """BadInput if it cannot be written; what was there before is then still there."""
-    write_whole(file, pack(state))
+    """BadInput if it cannot be written; what was there before is then still there.
+
+    A process that is killed meanwhile leaves a part behind, which nobody reads and the next save overwrites.
+    """
+    content, part = pack(state), file.with_name(f".{file.name}.part")
+    try:
+        with part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())  # onto the disk before the move, in case the power fails
+        os.replace(part, file)
+    except OSError as error:
+        raise BadInput(f"cannot write {file} ({error.strerror})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def load(file: Path, needs: tuple[str, ...] = ()) -> dict:
@@ -44,7 +60,8 @@ def load(file: Path, needs: tuple[str, ...] = ()) -> dict:
     if len(content) != length or sha256(content).digest() != checksum:
         raise BadInput(f"{file} is damaged: it is not what was once written to it")
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # the one line is enough
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has a dozen ways to say no
         raise BadInput(f"{file} is refused by torch.load ({type(error).__name__})") from error
     if not isinstance(state, dict) or not state.keys() >= set(needs):

@@ -7,8 +7,9 @@
 Derived in: 10_generation/02_key_value_cache
 """
 
+import math
+import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ class Sampler:
 
 def temperature(T: float) -> Filter:
     """Divides logits by T: below 1 the likely get likelier (Ackley, Hinton and Sejnowski 1985)."""
+    if T <= 0:
+        raise ValueError(f"no temperature: {T}; at 0 only the likeliest would be left, which is greedy")
     return lambda logits, ids: logits / T
 
 
@@ -56,12 +59,15 @@ def top_k(k: int) -> Filter:
 
 
 def top_p(p: float) -> Filter:
-    """The likeliest tokens, as few as are needed to come to probability p (Holtzman et al. 2020, eq. 2)."""
+    """The likeliest tokens, as few as are needed to come to probability p (Holtzman et al. 2020, eq. 2).
+
+    Of equally likely ones the first. The likeliest stays whatever p is, and at p = 1 all do.
+    """
 
     def change(logits: Tensor, ids: Tensor) -> Tensor:
-        ordered, places = logits.sort(descending=True)  # (B, V)
-        chances = ordered.softmax(-1)
-        surplus = chances.cumsum(-1) - chances >= p  # those before it come to p already
+        ordered, places = logits.sort(descending=True, stable=True)  # (B, V)
+        rest = ordered.softmax(-1).flip(-1).cumsum(-1).flip(-1)  # of itself and those behind it
+        surplus = rest <= 1 - p  # those before it come to p already
         surplus[:, 0] = False
         return logits.masked_fill(surplus.gather(-1, places.argsort(-1)), -torch.inf)
 
@@ -94,67 +100,93 @@ def repetition_penalty(penalty: float) -> Filter:
 class Cache:
     """The keys and values of every token that a model has read, for all its blocks.
 
-    Room for T places is taken at the first use, so that a new token is written beside the others and
-    nothing is copied.
+    length    how many tokens that is; the model counts them
+    blocks    for each block a function that takes new keys and values and returns all so far
     """
 
     def __init__(self, blocks: int, T: int) -> None:
         self.length, self.T = 0, T
-        self.kept: list[tuple[Tensor, Tensor] | None] = [None] * blocks
-        self.blocks = [partial(self._keep, block) for block in range(blocks)]
-
-    def _keep(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """New keys and values (B, H, S, D) go behind the others; all so far come back."""
-        if self.kept[block] is None:
-            room = (*k.shape[:2], self.T, k.shape[3])
-            self.kept[block] = k.new_empty(room), v.new_empty(room)
-        keys, values = self.kept[block]
-        after = self.length + k.shape[2]
-        keys[:, :, self.length : after] = k
-        values[:, :, self.length : after] = v
-        return keys[:, :, :after], values[:, :, :after]
+        self.blocks = [Kept(T) for _ in range(blocks)]
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch only, in this order: the others have ended, or lost (beam search)."""
-        self.kept = [pair and (pair[0][rows], pair[1][rows]) for pair in self.kept]
+        for block in self.blocks:
+            block.select(rows)
+
+
+class Kept:
+    """The keys and values of one block.
+
+    Room for T places is taken at the first use, so that a new token is written beside the others and
+    nothing is copied.
+    """
+
+    def __init__(self, T: int) -> None:
+        self.length, self.T = 0, T
+        self.keys, self.values = torch.empty(0), torch.empty(0)
+
+    def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """New keys and values (B, H, S, D) go behind the others; all so far come back."""
+        if not self.length:
+            room = (*k.shape[:2], self.T, k.shape[3])
+            self.keys, self.values = k.new_empty(room), v.new_empty(room)
+        before, self.length = self.length, self.length + k.shape[2]
+        self.keys[:, :, before : self.length] = k
+        self.values[:, :, before : self.length] = v
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def select(self, rows: Tensor) -> None:
+        keys, values = self.keys[rows, :, : self.length], self.values[rows, :, : self.length]
+        self.length = 0
+        self(keys, values)
 
 
 def cache_for(model: nn.Module) -> Cache:
     return Cache(model.settings["L"], model.settings["T"])
 
 
+def context_start(T: int, room: int) -> int:
+    """Where the context of token number T begins: a full one is begun anew with its last half."""
+    step = room // 2 + 1
+    return step * max(0, math.ceil((T - room) / step))
+
+
 @torch.inference_mode()
 def stream(
-    model: nn.Module, prompts: list[list[int]], pick: Pick, end: int | None = None
+    model: nn.Module, prompts: list[list[int]], pick: Pick, end: int | None = None, most: int = sys.maxsize
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Step by step, which prompts go on, and the new token of each: (B,), (B,), until all have had `end`.
+    """Step by step, which prompts go on, and the new token of each: (B,), (B,).
 
-    The prompts may differ in length: what all of them have is read in one go; then a row is given its own
-    prompt's tokens for as long as there are any, where others are given what was picked. A full context is
-    begun anew with the last half of what was written. ValueError for an empty prompt.
+    A row is dropped once it has had `end`, or `most` tokens. The prompts may differ in length: what all rows
+    have is read in one go; from there on the longer ones are read while the shorter ones are written.
+    ValueError for an empty prompt.
     """
     if not all(prompts):
         raise ValueError("a prompt needs at least one token")
     device, room = next(model.parameters()).device, model.settings["T"]
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    shared, rows = int(lengths.min()), torch.arange(len(prompts))
-    ids = torch.tensor([prompt[:shared] for prompt in prompts], device=device)  # (B, T)
-    new, cache = ids, cache_for(model)
-    while len(rows):
-        if cache.length + new.shape[1] > room:
-            new, cache = ids[:, -(room // 2) :], cache_for(model)
-        tokens, T = pick(model(new, cache)[:, -1], ids), ids.shape[1]  # (B, V) -> (B,)
-        picked = (lengths <= T)[rows]
-        if not picked.all():
-            own = [prompts[row][T] if T < lengths[row] else 0 for row in rows]
-            tokens = torch.where(picked.to(device), tokens, torch.tensor(own, device=device))
-        new = tokens[:, None]
-        ids = torch.cat([ids, new], dim=1)
-        yield rows[picked], tokens.cpu()[picked]
-        if end is not None and (ended := picked & (tokens.cpu() == end)).any():
-            rows, stay = rows[~ended], (~ended).to(device)
-            ids, new = ids[stay], new[stay]
-            cache.select(stay)
+    rows, lengths = torch.arange(len(prompts)), torch.tensor([len(prompt) for prompt in prompts])
+    ids = torch.empty(len(prompts), 0, dtype=torch.long, device=device)  # (B, T)
+    start, cache = 0, cache_for(model)
+    while len(rows) and most > 0:
+        T, shared = ids.shape[1], int(lengths.min())
+        if shared > T:
+            more = [prompts[row][T:shared] for row in rows.tolist()]
+            ids, T = torch.cat([ids, torch.tensor(more, device=device)], dim=1), shared
+        if T - start > room:
+            start, cache = context_start(T, room), cache_for(model)
+        logits = model(ids[:, start + cache.length :], cache)[:, -1]  # (B, V)
+        tokens, reading = pick(logits, ids).cpu(), lengths > T  # (B,), (B,)
+        for place in reading.nonzero()[:, 0].tolist():  # not picked: the prompt has more
+            tokens[place] = prompts[rows[place]][T]
+        ids = torch.cat([ids, tokens[:, None].to(device)], dim=1)
+        yield rows[~reading], tokens[~reading]
+        ended = T + 1 - lengths >= most
+        if end is not None:
+            ended |= ~reading & (tokens == end)
+        if ended.any():
+            stay = (~ended).nonzero()[:, 0]
+            rows, lengths, ids = rows[stay], lengths[stay], ids[stay.to(device)]
+            cache.select(stay.to(device))
 
 
 def generate(
@@ -162,12 +194,10 @@ def generate(
 ) -> list[list[int]]:
     """What follows each prompt: at most `most` tokens, the last of which is `end` where it came to that."""
     written: list[list[int]] = [[] for _ in prompts]
-    for rows, tokens in stream(model, prompts, pick, end):
+    for rows, tokens in stream(model, prompts, pick, end, most):
         for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
             written[row].append(token)
-        if len(rows) and all(len(written[row]) >= most for row in rows):
-            break
-    return [tokens[:most] for tokens in written]
+    return written
 
 
 @torch.inference_mode()
@@ -177,24 +207,25 @@ def beam_search(
     """The `width` likeliest continuations that were found, best first, each with its log probability.
 
     Of all that continue the best so far by one token, the best `width` are kept (Sutskever et al. 2014,
-    section 3.2). Those that end wait aside until no other can become likelier.
+    section 3.2). Those that end wait aside until no other can become likelier. ValueError past the model's
+    last place.
     """
     device, cache = next(model.parameters()).device, cache_for(model)
-    ids = torch.tensor([prompt], device=device)
-    new, scores, ended = ids, torch.zeros(1, device=device), []
+    new = ids = torch.tensor([prompt])
+    scores, ended = torch.zeros(1, dtype=torch.float64), []
     for _ in range(most):
-        chances = model(new, cache)[:, -1].float().log_softmax(-1)  # (B, V)
-        total = (scores[:, None] + chances).flatten()  # (B, V) -> (B·V,)
-        best = total.topk(min(2 * width, len(total)))
+        logits = model(new.to(device), cache)[:, -1].cpu()  # (B, V); the rest is little work
+        chances = logits.double().log_softmax(-1)
+        best = (scores[:, None] + chances).flatten().topk(min(2 * width, chances.numel()))  # of B·V
         rows, tokens = best.indices // chances.shape[1], best.indices % chances.shape[1]
         stops = tokens == end if end is not None else torch.zeros_like(tokens, dtype=torch.bool)
         for row, score in zip(rows[stops].tolist(), best.values[stops].tolist(), strict=True):
             ended.append((score, [*ids[row, len(prompt) :].tolist(), end]))
         rows, new, scores = (part[~stops][:width] for part in (rows, tokens[:, None], best.values))
         ids = torch.cat([ids[rows], new], dim=1)
-        cache.select(rows)
+        cache.select(rows.to(device))
         ended = sorted(ended, reverse=True)[:width]
         if not len(rows) or (len(ended) == width and scores[0] <= ended[-1][0]):
             break
-    running = [(score, row[len(prompt) :].tolist()) for score, row in zip(scores.tolist(), ids, strict=True)]
-    return sorted(ended + running, reverse=True)[:width]
+    running = zip(scores.tolist(), ids[:, len(prompt) :].tolist(), strict=True)
+    return sorted([*ended, *running], reverse=True)[:width]

@@ -46,13 +46,14 @@ class TokenText:
     floor: float | None
 
 
-def read(data: str, seed: int) -> tuple[str, list[str], list[str], float | None]:
+def read(data: str, seed: int, characters: int = TRAINING) -> tuple[str, list[str], list[str], float | None]:
     """Name, training documents, held-out documents and floor of what --data names. BadInput.
 
-    The stories are those of lab.corpus; a file is one document, whose last tenth is held out.
+    The stories are those of lab.corpus, or more of them for training, as many `characters` as are asked for;
+    a file is one document, whose last tenth is held out.
     """
     if data == "stories":
-        train, held_out = stories.write(seed, TRAINING), stories.write(f"held out {seed}", HELD_OUT)
+        train, held_out = stories.write(seed, characters), stories.write(f"held out {seed}", HELD_OUT)
         floor = sum(story.nats for story in held_out) / sum(len(story.text) for story in held_out)
         return f"stories {seed}", [s.text for s in train], [s.text for s in held_out], floor
     text = read_text(data)
@@ -77,9 +78,19 @@ def write_tokens(file: Path, documents: Iterable[str], tokenizer: Tokenizer) -> 
     return np.memmap(file, dtype=kind, mode="r")
 
 
-def prepare(data: str, seed: int, V: int, folder: Path, tokenizer: Tokenizer | None = None) -> TokenText:
-    """What --data names, as tokens: of a given tokenizer, or of one of V that the training part teaches."""
-    name, train, held_out, floor = read(data, seed)
+def prepare(
+    data: str,
+    seed: int,
+    V: int,
+    folder: Path,
+    tokenizer: Tokenizer | None = None,
+    characters: int = TRAINING,
+) -> TokenText:
+    """What --data names, as tokens: of a given tokenizer, or of one of V that the training part teaches.
+
+    characters    of stories to learn from, at least
+    """
+    name, train, held_out, floor = read(data, seed, characters)
     if tokenizer is None:
         tokenizer = Tokenizer.learn(train, V)
     documents = tuple(

@@ -101,7 +101,7 @@ class Training:
         self.optimizer = adamw(self.model, settings)
         self.random = torch.Generator().manual_seed(stream.seed)  # for dropout, see _step
         self.losses: list[float] = []  # of each step
-        self.seconds = 0.0
+        self.tokens, self.seconds = 0, 0.0  # how many the training has learned from, and for how long
 
     @property
     def done(self) -> int:
@@ -134,6 +134,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
         inputs, targets, count = self.batch(step)
+        self.tokens += count
         # Each step and process has random numbers of its own, whatever else draws some between the steps.
         torch.manual_seed(torch.randint(2**62, (), generator=self.random).item() + self.rank)
         total = 0.0
@@ -159,6 +160,7 @@ class Training:
             "settings": asdict(self.settings),
             "text": self._text(),
             "losses": self.losses,
+            "tokens": self.tokens,
             "seconds": self.seconds,
             "random": self.random.get_state(),
         }
@@ -172,6 +174,7 @@ class Training:
             raise BadInput("the checkpoint is of a training on another text, or with another seed")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # which would take it as its own
+        self.tokens = state["tokens"]
         self.losses, self.seconds = list(state["losses"]), state["seconds"]
         self.random.set_state(state["random"])
 
