@@ -361,4 +361,5 @@ def check_caught(run: play.Run, damage: dict) -> None:
     assert run.marked("✗") == {damage["claim"]}, f"not caught: {damage['what']}{told}"
     assert run.code == 1, f"exit status {run.code}: {damage['what']}{told}"
     assert "Traceback" not in run.stderr, f"caught by a crash, not by the claim: {damage['what']}{told}"
-    assert not run.written, f"a run that broke a claim wrote {set(run.written)}"
+    written = {file for file in run.written if not file.endswith(".ckpt")}  # with which a training can go on
+    assert not written, f"a run that broke a claim wrote {written}"

