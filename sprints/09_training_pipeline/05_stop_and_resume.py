@@ -128,7 +128,8 @@ def stall(pipe: Connection, descriptor: int) -> None:
 
 def child(pipe: Connection, file: Path, tokens: np.ndarray, seed: int, device: torch.device) -> None:
     """Runs in a process of its own: wait for the word, resume, train, and tell each step."""
-    with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone: so are we
+    # Where the parent is gone so are we, and a file that can't be used is for the parent to tell.
+    with contextlib.suppress(EOFError, ConnectionError, BadInput):
         stalls = pipe.recv()
         job = training(tokens, seed, device)
         if file.exists():
