@@ -96,6 +96,21 @@ def test_groups_equal_repeated_heads(randn, groups):
     close(model(x, causal=True), model.output(by_weights))
 
 
+@pytest.mark.parametrize(("B", "H", "T", "D"), [(1, 1, 1, 4), (2, 3, 7, 8), (3, 2, 170, 16), (1, 1, 513, 8)])
+def test_in_bfloat16_as_in_float64_but_for_rounding(B, H, T, D):
+    """On a CPU by other operations up to 512 places, from there on by the fused kernel."""
+    draw = torch.Generator().manual_seed(T)
+    parts = [torch.randn(B, T, H, D, generator=draw).transpose(1, 2).bfloat16() for _ in range(4)]
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        q, k, v = (part.to(dtype).requires_grad_() for part in parts[:3])
+        mixed = attend(q, k, v, causal=True)  # (B, H, T, D)
+        found.append([mixed, *torch.autograd.grad(mixed, [q, k, v], parts[3].to(dtype))])
+    for rounded, exact in zip(*found, strict=True):
+        assert rounded.dtype == torch.bfloat16
+        assert (rounded.double() - exact).norm() <= 0.01 * exact.norm()
+
+
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("pieces", [1, 3, [5, 1, 2]])
 def test_with_a_cache_as_in_one_pass(randn, groups, pieces):

@@ -10,6 +10,7 @@ from lab.generation import (
     beam_search,
     cache_for,
     context_start,
+    for_writing,
     generate,
     greedy,
     min_p,
@@ -252,6 +253,21 @@ def test_no_token_is_read_twice_and_none_after_the_end():
     model.tokens.register_forward_hook(lambda module, given, out: read.append(given[0].numel()))
     written = generate(model, texts, greedy, 8, end)
     assert sum(read) == sum(map(len, texts + written)) - len(texts)  # the last token of each is not read
+
+
+def test_a_copy_for_writing_is_the_same_model():
+    model, ids, texts = small(), torch.randint(23, (3, 16)), prompts(3, 1)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    faster = for_writing(model)
+    torch.testing.assert_close(faster(ids), model(ids), rtol=1e-12, atol=1e-12)
+    assert generate(faster, texts, greedy, 30) == generate(model, texts, greedy, 30)
+    for found in (model.state_dict(), faster.state_dict()):
+        torch.testing.assert_close(dict(found), before, rtol=0, atol=0)
+    for weight, other in zip(model.parameters(), faster.parameters(), strict=True):
+        assert weight.is_contiguous()
+        assert weight.requires_grad
+        assert weight.data_ptr() != other.data_ptr()
+    model.load_state_dict(faster.state_dict())
 
 
 def test_nothing_to_write():

@@ -148,11 +148,11 @@ def cache_for(model: nn.Module) -> Cache:
 
 
 def for_writing(model: nn.Module) -> nn.Module:
-    """A copy that computes the same, a fifth faster on a CPU for one token at a time.
+    """A copy that computes the same, in about a sixth less time for one token at a time on a CPU.
 
-    Such a step is little but vectors times matrices, each matrix fetched from memory to be used once. (out, in)
-    with the numbers of a column side by side, as nn.Linear does not keep them, is fetched faster. On many rows,
-    and in training, it makes no difference.
+    Such a step is hardly more than vectors times matrices, each fetched from memory to be used once.
+    nn.Linear keeps the rows of its matrix together; with the columns together it is fetched faster. For many
+    rows at once, and in training, that makes no difference.
     """
     model = copy.deepcopy(model).requires_grad_(False)
     for layer in model.modules():
