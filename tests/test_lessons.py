@@ -4,7 +4,7 @@ import course
 import play
 import pytest
 
-CAPSTONE = 100  # seconds that a lesson takes
+CAPSTONE = 80  # seconds that a lesson takes
 
 
 @pytest.mark.parametrize(("script", "device"), course.ON_EVERY_DEVICE)

@@ -43,6 +43,7 @@ def _say(what: object) -> None:
     print(f"{os.path.basename(sys.argv[0])}: {what}", file=sys.stderr, flush=True)
 
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler would talk of itself on stderr
 sys.excepthook = _last_word
 _lesson = os.path.basename(sys.argv[0])[:1].isdigit()
 if _lesson and multiprocessing.current_process().name == "MainProcess":  # no worker of a lesson, also spawned
