@@ -48,6 +48,7 @@ def run(script, scratch: Path, *options: str, device="cpu", full=False, fresh=Tr
         folder.mkdir(parents=True, exist_ok=True)
     short = [] if full else " ".join(script.short_steps).split()
     data = ["--data", "rendered"] if script.data == "digits" else []
+    data += ["--weights", "random"] if '"--weights"' in script.source else []
     arguments = [script.path, "--device", device, "--results", results, *data, *short, *options]
     environment = {
         "PYTHONPATH": os.pathsep.join(
@@ -58,6 +59,7 @@ def run(script, scratch: Path, *options: str, device="cpu", full=False, fresh=Tr
         "OMP_NUM_THREADS": str(threads()),
         **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary)),
         **dict.fromkeys(("http_proxy", "https_proxy"), UNREACHABLE),
+        "HF_HUB_OFFLINE": "1",  # GPT-2's weights are half a gigabyte
     }
     before, streams = _files(script.root), (scratch / "stdout", scratch / "stderr")
     forkable = "forkserver" in multiprocessing.get_all_start_methods()

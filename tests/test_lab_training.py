@@ -186,6 +186,11 @@ class TestModelFile:
             {"model": {}},
             {"model": {"tokens.weight": torch.ones(3)}},
             {"tokens": 7},
+            {"merges": [(0, 999)]},
+            {"special": [END]},
+            {"special": {}},
+            {"special": {END: 300}},
+            {"architecture": {"V": 260, "T": 8, "C": 8, "H": 0, "L": 1}},
         ],
     )
     def test_no_model(self, tokenizer, tmp_path, wrong):
@@ -195,6 +200,11 @@ class TestModelFile:
         with pytest.raises(BadInput) as fault:
             load_model(tmp_path / "m", CPU)
         assert "\n" not in str(fault.value)
+
+    def test_another_tokenizer(self, tokenizer, tmp_path):
+        (tmp_path / "m").write_bytes(save_model(GPT(V=259, T=8, C=8, H=2, L=1), tokenizer, {}))
+        with pytest.raises(BadInput, match="260 tokens, a model of 259"):
+            load_model(tmp_path / "m", CPU)
 
     def test_something_else(self, tmp_path):
         checkpoint.save(tmp_path / "m", {"model": {}})

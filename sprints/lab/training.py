@@ -310,7 +310,9 @@ def load_model(file: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
         model = GPT(**state["architecture"])
         model.load_state_dict(state["model"])
         tokenizer = Tokenizer(state["tokens"], state["merges"], state["special"])
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        if model.settings["V"] != tokenizer.V or not 0 <= tokenizer.special[END] < tokenizer.V:
+            raise ValueError(f"a tokenizer of {tokenizer.V} tokens, a model of {model.settings['V']}")
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise BadInput(f"{file} does not hold a GPT ({' '.join(str(error).split())[:80]})") from error
     return model.to(device).eval(), tokenizer, state.get("facts", {})
 
