@@ -146,3 +146,27 @@ def _become(
     except Exception:
         sys.excepthook(*sys.exc_info())  # which the lab has replaced
         sys.exit(1)
+
+
+# ── Lessons to talk with ──────────────────────────────────────────────────────────────────────────────────
+
+
+def command(script, results: Path, *options: object) -> dict:
+    """Of subprocess: a lesson in a process of its own, whose output comes as it is printed."""
+    environment = {"PYTHONPATH": str(script.root / "sprints"), "PYTHONIOENCODING": "cp1252"}
+    arguments = [sys.executable, "-u", script.path, "--device", "cpu", "--results", results, *options]
+    return {
+        "args": list(map(str, arguments)),
+        "env": os.environ | environment | {"OMP_NUM_THREADS": str(threads())},
+        "encoding": "utf-8",
+        "errors": "surrogateescape",
+    }
+
+
+def until(process: subprocess.Popen, words: str) -> None:
+    """Read what it prints until it has said these words."""
+    said = ""
+    while words not in said:
+        character = process.stdout.read(1)
+        assert character, f"it ended, having said {said!r}"
+        said += character

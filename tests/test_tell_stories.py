@@ -20,7 +20,7 @@ import torch
 SCRIPT = course.Script(course.ROOT / "sprints" / "10_generation" / "03_tell_stories.py")
 MODEL = course.ROOT / "results" / "09_training_pipeline" / "02_train_gpt.model"
 LINE = "Γειά σου, 世界! नमस्ते 🦉\n"
-ENDLESS = ["--temperature", "0", "--tokens", "1000000000"]
+ENDLESS = ["--temperature", "0", "--tokens", "1000000000", "--prompt"]
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +51,6 @@ def tell(tmp_path, *options) -> play.Run:
     run = play.run(SCRIPT, tmp_path, *map(str, options), fresh=False)
     assert not run.written | run.touched
     return run
-
-
-def command(tmp_path, *options) -> dict:
-    """For a process of its own, to talk with."""
-    return {
-        "args": [sys.executable, SCRIPT.path, "--device", "cpu", "--results", tmp_path, *options],
-        "env": os.environ | {"PYTHONPATH": str(course.ROOT / "sprints"), "PYTHONIOENCODING": "cp1252"},
-        "encoding": "utf-8",
-        "errors": "surrogateescape",
-    }
 
 
 class TestAPrompt:
@@ -129,7 +119,7 @@ class TestOtherTexts:
         """Characters arrive whole; what is no UTF-8 is asked back; nothing is read behind quit."""
         lines = ["Γειά σ", "", "Γειά σου, 世", "\udcff\udc80", "quit", "never"]
         options = ["--prompt", "-", "--temperature", "0", "--tokens", "60"]
-        options = command(tmp_path, "--model", folder / "other.ckpt", *options)
+        options = play.command(SCRIPT, tmp_path, "--model", folder / "other.ckpt", *options)
         run = subprocess.run(**options, input="\n".join(lines), capture_output=True, timeout=100)
         assert (run.returncode, run.stderr) == (0, "")
         _, _, said, *told = run.stdout.splitlines()
@@ -152,10 +142,10 @@ class TestOtherTexts:
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send, and no such terminals")
 class TestCtrlC:
     def test_ends_the_program(self, tmp_path, folder):
-        options = command(tmp_path, "--model", folder / "endless.ckpt", *ENDLESS, "--prompt", "Γ")
+        options = play.command(SCRIPT, tmp_path, "--model", folder / "endless.ckpt", *ENDLESS, "Γ")
         pipe = subprocess.PIPE
         with subprocess.Popen(**options, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL) as process:
-            until(process, "σου")
+            play.until(process, "σου")
             process.send_signal(signal.SIGINT)
             told = process.communicate(timeout=60)[1]
         assert process.returncode == 2
@@ -164,26 +154,17 @@ class TestCtrlC:
     def test_on_a_terminal_it_ends_the_story(self, tmp_path, folder):
         pty = pytest.importorskip("pty")
         ours, theirs = pty.openpty()
-        options = command(tmp_path, "--model", folder / "endless.ckpt", *ENDLESS, "--prompt", "-")
+        options = play.command(SCRIPT, tmp_path, "--model", folder / "endless.ckpt", *ENDLESS, "-")
         with subprocess.Popen(
             **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=theirs
         ) as process:
-            until(process, "Ctrl-D or quit ends)")
+            play.until(process, "Ctrl-D or quit ends)")
             for _ in range(2):
                 os.write(ours, "Γ\n".encode())
-                until(process, "σου")
+                play.until(process, "σου")
                 process.send_signal(signal.SIGINT)
-                until(process, "(stopped)")
+                play.until(process, "(stopped)")
             os.write(ours, b"\x04")
             told = process.communicate(timeout=60)[1]
         os.close(ours), os.close(theirs)
         assert (process.returncode, told) == (0, "")
-
-
-def until(process: subprocess.Popen, words: str) -> None:
-    """Read on until it has said them."""
-    said = ""
-    while words not in said:
-        character = process.stdout.read(1)
-        assert character, f"it ended, having said {said!r}"
-        said += character

@@ -133,7 +133,7 @@ class Run:
     def __init__(self, lesson: Lesson, text: TokenText, device: torch.device) -> None:
         o, self.text, self.reports = lesson.options, text, []
         self.file = lesson.results / f"{lesson.file.stem}.ckpt"
-        state = checkpoint.load(self.file, needs=("settings", "reports")) if o.resume else None
+        state = checkpoint.load(self.file, needs=("seen", "reports")) if o.resume else None
         precision = training.fast_precision(device) if o.precision == "auto" else o.precision
         if state and o.precision == "auto":
             precision = state["settings"]["precision"]  # what was faster when it began

@@ -160,7 +160,7 @@ class Training:
             "settings": asdict(self.settings),
             "text": self._text(),
             "losses": self.losses,
-            "tokens": self.tokens,
+            "seen": self.tokens,
             "seconds": self.seconds,
             "random": self.random.get_state(),
         }
@@ -174,7 +174,7 @@ class Training:
             raise BadInput("the checkpoint is of a training on another text, or with another seed")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # which would take it as its own
-        self.tokens = state["tokens"]
+        self.tokens = state["seen"]
         self.losses, self.seconds = list(state["losses"]), state["seconds"]
         self.random.set_state(state["random"])
 
