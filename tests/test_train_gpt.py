@@ -57,7 +57,7 @@ def test_stopped_killed_and_resumed_it_is_the_same_training(tmp_path, options):
     pipe = subprocess.PIPE
     start = play.command(SCRIPT, tmp_path / "in parts", *options)
     with subprocess.Popen(**start, stdout=pipe, stderr=pipe) as process:
-        play.until(process, "\n  100 ")
+        play.until(process, "\n   80 ")
         process.send_signal(signal.SIGINT)
         told = process.communicate(timeout=60)[1]
     assert process.returncode == 2
