@@ -244,12 +244,12 @@ def measuring(lesson: Lesson, teller: Teller, told: dict[str, list[str]]) -> Non
     ours, plain = (sum(found) / len(found) for found in right)
     lesson.proves(5, ours >= 0.95 and plain < 0.8, f"{ours:.1%} and {plain:.1%}", full_run=True)
     (figure, axes), far = plt.subplots(figsize=(6, 3.4), layout="constrained"), {}
-    print("temperature   characters before the first mistake   mistakes in what was told   flawless")
+    print("temperature   characters before the first mistake   right up to the answers   flawless")
     for name, texts in told.items():
         found = [first_mistake(text) for text in texts]
-        places = (m.position if m else len(text) for text, m in zip(texts, found, strict=True))
-        far[name], contradict = sum(places) / TOLD, sum(bool(m and m.fact) for m in found)
-        print(f"{name:11} {far[name]:16.0f} {contradict:31} {found.count(None):20} of {TOLD}")
+        right = [text[: m.position] if m else text for text, m in zip(texts, found, strict=True)]
+        far[name], answers = sum(map(len, right)) / TOLD, sum("\n" in text for text in right)
+        print(f"{name:11} {far[name]:16.0f} {answers:31} {found.count(None):17} of {TOLD}")
         axes.plot([sum(not m or m.position > c for m in found) / TOLD for c in range(600)], label=name)
     held = far["1.0"] >= 150 and far["2.0"] < far["1.0"] / 2 and far["untrained"] < 5
     lesson.proves(6, held, full_run=True)

@@ -147,17 +147,31 @@ def cache_for(model: nn.Module) -> Cache:
     return Cache(model.settings["L"], model.settings["T"])
 
 
-def for_writing(model: nn.Module) -> nn.Module:
-    """A copy that computes the same, in about a sixth less time for one token at a time on a CPU.
+class InParts(nn.Linear):
+    """nn.Linear; on a CPU a single row is multiplied with parts of the matrix, in one batch of products.
 
-    Such a step is hardly more than vectors times matrices, each fetched from memory to be used once.
-    nn.Linear keeps the rows of its matrix together; with the columns together it is fetched faster. For many
-    rows at once, and in training, that makes no difference.
+    One row is hardly more work than to fetch the matrix from memory, for which nn.Linear has one thread.
     """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) -> (…, out)"""
+        if x.numel() > self.in_features or not x.is_cpu:
+            return super().forward(x)
+        P, size = math.gcd(self.out_features, 8), self.in_features
+        parts, column = self.weight.view(P, -1, size), x.reshape(1, 1, size).expand(P, 1, size).mT
+        if self.bias is None:
+            product = torch.bmm(parts, column)  # (P, out / P, in) @ (P, in, 1) -> (P, out / P, 1)
+        else:
+            product = torch.baddbmm(self.bias.view(P, -1, 1), parts, column)
+        return product.view(*x.shape[:-1], -1)
+
+
+def for_writing(model: nn.Module) -> nn.Module:
+    """A copy that computes the same, in about half the time for one token at a time on a CPU."""
     model = copy.deepcopy(model).requires_grad_(False)
     for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            layer.weight.data = layer.weight.T.contiguous().T
+        if type(layer) is nn.Linear:
+            layer.__class__ = InParts  # the same weights, another forward
     return model
 
 
