@@ -2,9 +2,12 @@
 
 import json
 import re
+from bisect import bisect_right
 
 from lab import ladder
+from lab.stories import WORDS, write
 from lab.stream import evaluate, prepare
+from lab.tokenizer import END
 from lab.training import load_model, tell
 
 import course
@@ -51,6 +54,30 @@ def test_tells_stories_as_it_says(kept, facts):
     far = ladder.rung_of("", "", None, 0.0, told, 0, 0.0)
     assert far["faultless_characters"] == pytest.approx(said["faultless_characters"], rel=0.15)
     assert far["flawless"] == pytest.approx(said["flawless"], abs=0.05)
+
+
+def test_has_not_learned_that_nothing_is_drawn_twice(kept):
+    """The chances of places that a story has named, where another one is to be drawn: what the note says."""
+    model, tokenizer, _ = kept
+    tokens = {place: tokenizer.encode(f" {place}") for place in WORDS["place"]}
+    assert all(len(ids) == 1 for ids in tokens.values())
+    named, new, there = [], [], []
+    for story in write(777, 120_000):
+        ids = [tokenizer.special[END], *tokenizer.encode(story.text)]
+        starts = [len(tokenizer.decode(ids[1:end])) for end in range(1, len(ids))]
+        with torch.no_grad():
+            chances = model(torch.tensor([ids]))[0].softmax(-1)  # (T, V)
+        drawn = [choice for choice in story.choices if choice.option in tokens]
+        for number, choice in enumerate(drawn[1:], 1):
+            here = chances[bisect_right(starts, choice.position) - 1]  # (V,)
+            had = {before.option for before in drawn[:number]}
+            each = {place: here[token].item() for place, (token,) in tokens.items()}
+            named += [each[place] for place in had]
+            new += [each[place] for place in each.keys() - had]
+            there.append(sum(each[place] for place in had))
+    assert len(there) > 300
+    assert 0.9 < (sum(named) / len(named)) / (sum(new) / len(new)) < 1.1
+    assert 0.08 < sum(there) / len(there) < 0.13
 
 
 def test_the_note_tells_of_it(facts):

@@ -1,6 +1,6 @@
 """A story teller: streams a story from any beginning, and says where it goes wrong.
 
-Run:     uv run sprints/10_generation/03_tell_stories.py      (11 s on two cores)
+Run:     uv run sprints/10_generation/03_tell_stories.py      (10 s on two cores)
          With --prompt "There was once a t" it tells one story and does nothing else, with --prompt - one for
          each line of its input. On a terminal, without a prompt, it goes on with beginnings that you type:
          Ctrl-C stops a story, Ctrl-D or quit the program. --model FILE takes any checkpoint of sprint 9.
