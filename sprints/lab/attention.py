@@ -72,10 +72,19 @@ class MultiHeadAttention(nn.Module):
     groups    heads of keys and values, a divisor of H: H for a pair for each head, 1 for one pair for all
     source    width of the sequence that is looked at, C if not given
     bias      whether the four projections have one
+    prepare   changes queries and keys before they meet, such as lab.modern.Rotary does: prepare(q, k, before)
+              gets (B, H, T, D) and (B, groups, T, D), the first at place `before`, and returns both
     """
 
     def __init__(
-        self, C: int, H: int, *, groups: int | None = None, source: int | None = None, bias: bool = True
+        self,
+        C: int,
+        H: int,
+        *,
+        groups: int | None = None,
+        source: int | None = None,
+        bias: bool = True,
+        prepare: nn.Module | None = None,
     ) -> None:
         super().__init__()
         groups, source = H if groups is None else groups, source or C
@@ -86,6 +95,7 @@ class MultiHeadAttention(nn.Module):
         self.key = nn.Linear(source, groups * self.D, bias=bias)
         self.value = nn.Linear(source, groups * self.D, bias=bias)
         self.output = nn.Linear(C, C, bias=bias)
+        self.prepare = prepare
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, T, H·D) -> (B, H, T, D)."""
@@ -109,6 +119,8 @@ class MultiHeadAttention(nn.Module):
         """
         source = x if source is None else source
         q, k, v = self.heads(self.query(x)), self.heads(self.key(source)), self.heads(self.value(source))
+        if self.prepare is not None:
+            q, k = self.prepare(q, k, cache.length if cache is not None else 0)
         if cache is not None:
             k, v = cache(k, v)
         mixed = attend(q, k, v, _for_heads(mask), causal=causal)  # (B, H, T, D)
@@ -120,6 +132,8 @@ class MultiHeadAttention(nn.Module):
         """How much each head looks where in forward(…): (B, H, T, S)."""
         source = x if source is None else source
         q, k = self.heads(self.query(x)), self.heads(self.key(source))
+        if self.prepare is not None:
+            q, k = self.prepare(q, k, 0)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, groups, S, D) -> (B, H, S, D)
         mask = _for_heads(mask)
         if causal:

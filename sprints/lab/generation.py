@@ -130,8 +130,7 @@ class Kept:
     def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """New keys and values (B, H, S, D) go behind the others; all so far come back."""
         if not self.length:
-            room = (*k.shape[:2], self.T, k.shape[3])
-            self.keys, self.values = k.new_empty(room), v.new_empty(room)
+            self.keys, self.values = (x.new_empty((*x.shape[:2], self.T, x.shape[3])) for x in (k, v))
         before, self.length = self.length, self.length + k.shape[2]
         self.keys[:, :, before : self.length] = k
         self.values[:, :, before : self.length] = v

@@ -80,7 +80,8 @@ def adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
 class Training:
     """A model, its optimiser, its place in the stream: all that the next step depends on.
 
-    spread    how several processes share the work: DistributedDataParallel, or what lesson 07 puts there
+    spread       how several processes share the work: DistributedDataParallel, or what lesson 07 puts there
+    optimizer    adamw, or another; a group of it with a "scale" has that multiple of the learning rate
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Training:
         settings: Settings,
         device: torch.device,
         spread: Callable[[GPT], nn.Module] = DistributedDataParallel,
+        optimizer: Callable[[nn.Module, Settings], torch.optim.Optimizer] = adamw,
     ) -> None:
         self.settings, self.stream, self.device = settings, stream, device
         self.rank, self.world = place()
@@ -98,7 +100,7 @@ class Training:
             raise BadInput(f"{settings.B} windows cannot be shared by {shares}")
         self.model = model.to(device).train()
         self.net = spread(self.model) if self.world > 1 else self.model
-        self.optimizer = adamw(self.model, settings)
+        self.optimizer = optimizer(self.model, settings)
         self.random = torch.Generator().manual_seed(stream.seed)  # for dropout, see _step
         self.losses: list[float] = []  # of each step
         self.tokens, self.seconds = 0, 0.0  # how many the training has learned from, and for how long
@@ -132,7 +134,7 @@ class Training:
     def _step(self, step: int) -> float:
         s = self.settings
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(step)
+            group["lr"] = self.rate(step) * group.get("scale", 1.0)
         inputs, targets, count = self.batch(step)
         self.tokens += count
         # Each step and process has random numbers of its own, whatever else draws some between the steps.

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 class FeedForward(nn.Sequential):
     """Each position by itself: C -> hidden -> C (Vaswani et al. 2017, eq. 2, with ReLU). Lesson 03."""
 
-    def __init__(self, C: int, hidden: int, activation: Callable[[], nn.Module] = nn.GELU) -> None:
-        super().__init__(nn.Linear(C, hidden), activation(), nn.Linear(hidden, C))
+    def __init__(
+        self, C: int, hidden: int, activation: Callable[[], nn.Module] = nn.GELU, bias: bool = True
+    ) -> None:
+        super().__init__(nn.Linear(C, hidden, bias), activation(), nn.Linear(hidden, C, bias))
 
     def copy(self, theirs: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) -> None:
         """Take over the weights of the feed-forward network in PyTorch's own layer."""
