@@ -23,7 +23,7 @@ from dataclasses import replace
 from functools import partial
 
 from lab.attention import MultiHeadAttention
-from lab.gpt import GPT
+from lab.gpt import GPT, outputs
 from lab.lesson import Lesson, run
 from lab.modern import Decoder, initialise, plain_norm
 from lab.transformer import EncoderBlock, FeedForward, PreNorm
@@ -115,15 +115,6 @@ RECIPES = (
 )
 
 
-def outputs(model: Decoder) -> list[Tensor]:
-    """The matrices that write into the residual stream."""
-    return [
-        weight
-        for b in model.blocks
-        for weight in (b.attention.sublayer.output.weight, b.feed_forward.sublayer[2].weight)
-    ]
-
-
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     """The mean nats of ids (B, T + 1) behind the first: ()."""
     return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
@@ -201,13 +192,14 @@ def zeros(lesson: Lesson) -> None:
         )  # (B, T, V)
         held &= torch.equal(model(ids[:, :-1]), alone)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        last = {id(weight) for weight in (*outputs(model), model.tokens.weight, model.places.weight)}
+        writers = [layer.weight for layer in outputs(model)]
+        early = {id(weight) for weight in (*writers, model.tokens.weight, model.places.weight)}
         for step in (1, 2):
             optimizer.zero_grad()
             loss_of(model, ids).backward()
             moving = {id(weight) for weight in model.parameters() if weight.grad.abs().max() > 0}
             print(f"L = {L}, step {step}: {len(moving):2} of {6 * L + 2:2} matrices have a gradient")
-            held &= moving == last if step == 1 else len(moving) == 6 * L + 2
+            held &= moving == early if step == 1 else len(moving) == 6 * L + 2
             optimizer.step()
     lesson.proves(4, held)
 
@@ -216,10 +208,10 @@ def main(lesson: Lesson) -> None:
     torch.set_num_threads(1)  # for so small a model threads would only wait for each other
     if lesson.data != "stories":
         lesson.needs = "the stories"
+    text, found = characters(lesson.data, lesson.seed), {recipe.name: [] for recipe in RECIPES}
     norms_and_biases(lesson)
     zeros(lesson)
     lesson.heading("Measured: the same characters to learn from, the same seeds")
-    text, found = characters(lesson.data, lesson.seed), {recipe.name: [] for recipe in RECIPES}
     runs = [(recipe, seed) for recipe in RECIPES for seed in SEEDS]
     for recipe, seed in lesson.progress(runs, "trials"):
         recipe = replace(recipe, settings=replace(SETTINGS, steps=lesson.steps))

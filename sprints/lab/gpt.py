@@ -76,8 +76,13 @@ def initialise(model: GPT, std: float = 0.02) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-    for block in model.blocks:
-        for layer in (block.attention.sublayer.output, block.feed_forward.sublayer[-1]):
-            layer.weight /= (2 * len(model.blocks)) ** 0.5
+    for layer in outputs(model):
+        layer.weight /= (2 * len(model.blocks)) ** 0.5
+
+
+def outputs(model: nn.Module) -> list[nn.Linear]:
+    """The layers that write into the residual stream: the last of each sublayer."""
+    parts = [part for block in model.blocks for part in (block.attention, block.feed_forward)]
+    return [[m for m in part.sublayer.children() if isinstance(m, nn.Linear)][-1] for part in parts]

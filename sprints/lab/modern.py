@@ -12,6 +12,7 @@ Derived in: 11_modern_transformer/02_norms_and_biases
 
 from collections.abc import Iterable
 
+from lab import gpt
 from lab.transformer import EncoderBlock
 
 import torch
@@ -62,17 +63,12 @@ def plain_norm(C: int) -> nn.LayerNorm:
     return nn.LayerNorm(C, elementwise_affine=False, bias=False)
 
 
-@torch.no_grad()
 def initialise(model: nn.Module, std: float, zero_outputs: bool = False) -> None:
-    """Weights from N(0, std²), biases 0; what writes into the residual stream is divided by √(2L), or 0."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
-    for block in model.blocks:
-        for layer in (block.attention.sublayer.output, [*block.feed_forward.sublayer.children()][-1]):
-            layer.weight *= 0 if zero_outputs else (2 * len(model.blocks)) ** -0.5
+    """As GPT-2's; with `zero_outputs`, what writes into the residual stream begins at zero."""
+    gpt.initialise(model, std)
+    if zero_outputs:
+        for layer in gpt.outputs(model):
+            nn.init.zeros_(layer.weight)
 
 
 # ── Positions inside attention (lesson 03) ────────────────────────────────────────────────────────────────
